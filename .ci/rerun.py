@@ -1,0 +1,46 @@
+"Execute notebooks and save their outputs, skipping cells flagged slow or cuda: `python .ci/rerun.py [notebook …]`, by default all"
+import os, sys
+from pathlib import Path
+
+from execnb.nbio import read_nb, write_nb
+from execnb.shell import CaptureShell
+from fastcore.xtras import working_directory
+from nbdev.clean import clean_nb
+from nbdev.config import get_config
+from nbdev.process import NBProcessor
+
+SKIP = {'notest', 'slow', 'cuda'}
+
+
+def rerun(path):
+    "Run one notebook and save it with its outputs; whatever is flagged keeps the outputs it had"
+    os.environ['IN_TEST'] = '1'
+    nb = NBProcessor(path, process=True).nb
+    saved = {c.id: c.outputs for c in nb.cells if c.cell_type == 'code'}
+    shell, skipped = CaptureShell(path), set()
+
+    def preproc(cell):
+        if cell.cell_type != 'code' or SKIP & set(getattr(cell, 'directives_', {}) or {}):
+            skipped.add(cell.id)
+            return True
+
+    with working_directory(path.parent):
+        try: shell.run_all(nb, exc_stop=True, preproc=preproc)
+        except Exception: sys.exit(shell.prettytb(path.name))
+    fresh = read_nb(path)            # the sources as they are on disk: processing may change them
+    for cell, ran in zip(fresh.cells, nb.cells, strict=True):
+        if cell.cell_type == 'code': cell.outputs = saved[cell.id] if cell.id in skipped else [o for o in ran.outputs if not noise(o)]
+    clean_nb(fresh)
+    write_nb(fresh, path)
+
+
+def noise(output):
+    "Progress bars and warnings go to the error stream; they differ from run to run and are not results"
+    return output.get('name') == 'stderr'
+
+
+if __name__ == '__main__':
+    paths = [Path(p).resolve() for p in sys.argv[1:]] or sorted(get_config().nbs_path.glob('*.ipynb'))
+    for path in paths:
+        print(path.name, flush=True)
+        rerun(path)
