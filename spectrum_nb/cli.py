@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS', 'demo_methods', 'run_methods', 'decode', 'summary', 'as_text', 'comparison_figure', 'demo', 'sample',
            'bench', 'train', 'main']
 
-# %% ../nbs/25_cli.ipynb #cf790e76
+# %% ../nbs/25_cli.ipynb #e7700522
 import json, sys, textwrap, time, warnings
 from pathlib import Path
 
@@ -18,14 +18,14 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .bench import embedded, forecast_bench, loop_bench, provenance, save_json, step_split
-from .figures import new_figure, save_figure
+from .figures import in_style, new_figure, save_figure
 from .hook import apply_spectrum
 from .metrics import psnr, quality
 from .plan import SpectrumConfig, check_number, make_plan
 from .presets import PRESETS, call_defaults, load_pipeline
 from .shapes import split_scenes
 
-# %% ../nbs/25_cli.ipynb #8a7e829c
+# %% ../nbs/25_cli.ipynb #82ee1b2d
 def demo_methods(pipe, n_steps=50, blend=.5):
     "[(name, steps, SpectrumConfig or None, scheduler)] of the comparison; the first is the reference"
     euler = pipe.scheduler
@@ -86,10 +86,11 @@ def as_text(rows):
     "The rows as a table in plain text, with the spread of PSNR over pictures"
     head = f'{"":22}{"passes":>7}{"seconds":>9}{"speed-up":>10}{"efficiency":>12}{"PSNR dB":>15}{"SSIM":>8}{"as captioned":>14}'
     line = lambda r: (f'{r["name"]:22}{r["passes"]:7}{r["seconds"]:9.2f}{r["speedup"]:9.2f}×{r["efficiency"]:12.2f}'
-                      + (f'{"reference":>15}{"":>8}' if np.isinf(r['psnr']) else f'{r["psnr"]:8.1f} ± {r["psnr_std"]:4.1f}{r["ssim"]:8.3f}')
+                      + (f'{"reference":>15}{"":>8}' if r['psnr'] is None or np.isinf(r['psnr']) else f'{r["psnr"]:8.1f} ± {r["psnr_std"]:4.1f}{r["ssim"]:8.3f}')
                       + (f'{100*r["agreement"]["all"]:12.0f} %' if 'agreement' in r else ''))
     return '\n'.join([head, *map(line, rows)])
 
+@in_style
 def comparison_figure(results, captions, n=8):
     "The first `n` prompts as columns, the methods as rows, PSNR under each picture"
     n = min(n, len(captions))

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['rescaled_time', 'ridge_weights', 'newton_weights', 'forecast_weights']
 
-# %% ../nbs/03_forecast.ipynb #32a9e798
+# %% ../nbs/03_forecast.ipynb #dd68dacc
 import numpy as np
 from numpy.polynomial.chebyshev import chebvander
 
-# %% ../nbs/03_forecast.ipynb #220d0482
+# %% ../nbs/03_forecast.ipynb #cfba3a79
 def rescaled_time(
     step,         # step index i, a number or an array
     n_steps:int,  # number of steps n of the run
@@ -17,7 +17,7 @@ def rescaled_time(
     "τ = 2i/n − 1: the affine map of [0, n] to [−1, 1]"
     return 2*np.asarray(step, dtype=np.float64)/n_steps - 1
 
-# %% ../nbs/03_forecast.ipynb #1ef1bd7d
+# %% ../nbs/03_forecast.ipynb #c4b0875f
 def ridge_weights(
     tau,           # [K] times of the passes, in [-1, 1]
     tau_next,      # time to forecast
@@ -33,7 +33,7 @@ def ridge_weights(
     inverse = np.linalg.pinv(np.vstack([X, np.sqrt(lam)*np.eye(P)]))[:, :K]
     return chebvander([float(tau_next)], degree)[0] @ inverse
 
-# %% ../nbs/03_forecast.ipynb #d82bcd07
+# %% ../nbs/03_forecast.ipynb #5d87498d
 def newton_weights(
     steps,        # [K] step indices (or times) of the passes, ascending
     step_next,    # step to forecast
@@ -45,7 +45,7 @@ def newton_weights(
     ratio = [(step_next - np.delete(last, j))/(s - np.delete(last, j)) for j, s in enumerate(last)]
     return np.concatenate([np.zeros(len(steps) - len(last)), [r.prod() for r in ratio]])
 
-# %% ../nbs/03_forecast.ipynb #247a8724
+# %% ../nbs/03_forecast.ipynb #f5a7285c
 def forecast_weights(
     steps,            # [K] step indices of the passes so far, ascending
     step_next,        # step to forecast

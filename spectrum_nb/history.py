@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['TILE', 'weighted_sum', 'History', 'history_bytes']
 
-# %% ../nbs/06_history.ipynb #19a54817
+# %% ../nbs/06_history.ipynb #e8615850
 import torch
 
-# %% ../nbs/06_history.ipynb #67d9444f
+# %% ../nbs/06_history.ipynb #947c0be0
 TILE = {'cpu': 2**16, 'cuda': 2**20}    # elements of a feature weighted at once
 
 def weighted_sum(
@@ -25,7 +25,7 @@ def weighted_sum(
         out[start:start + tile] = torch.mv(part.to(wide).T, weights)
     return out.view(features.shape[1:])
 
-# %% ../nbs/06_history.ipynb #4c38a4ed
+# %% ../nbs/06_history.ipynb #96299169
 class History:
     "The features of one run and one context that later steps of its plan will read"
     def __init__(self,
@@ -59,7 +59,7 @@ class History:
     @property
     def nbytes(self): return 0 if self.buffer is None else self.buffer.nbytes
 
-# %% ../nbs/06_history.ipynb #674649f8
+# %% ../nbs/06_history.ipynb #8c80665a
 def history_bytes(
     plan,        # Plan
     n_features,  # elements of one feature, batch included

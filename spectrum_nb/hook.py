@@ -7,10 +7,11 @@ __all__ = ['BODIES', 'HEADS', 'DENOISERS', 'Anatomy', 'find_anatomy', 'check_ana
            'CallClock', 'RunStats', 'Run', 'signature_of', 'SpectrumHook', 'SpectrumHandle', 'apply_spectrum',
            'unwrapped']
 
-# %% ../nbs/07_hook.ipynb #7fb2480f
-import inspect, warnings
+# %% ../nbs/07_hook.ipynb #e78fdf4b
+import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from diffusers import DiffusionPipeline
@@ -21,7 +22,7 @@ from torch import nn
 from .history import History
 from .plan import Plan, SpectrumConfig, check_number, make_plan
 
-# %% ../nbs/07_hook.ipynb #c7dde6ac
+# %% ../nbs/07_hook.ipynb #697a9825
 @dataclass(frozen=True)
 class Anatomy:
     "Where a denoiser keeps its blocks and its head"
@@ -48,7 +49,7 @@ def check_anatomy(denoiser, anatomy):
         raise ValueError(f'{type(denoiser).__name__} has no module {missing or "in an empty body"}; its modules are {[n for n, _ in denoiser.named_children()]}')
     return anatomy
 
-# %% ../nbs/07_hook.ipynb #ffd71cbc
+# %% ../nbs/07_hook.ipynb #659f9cb5
 @contextmanager
 def without(
     module,  # nn.Module
@@ -76,7 +77,7 @@ def head_hook(
     try: yield
     finally: handle.remove()
 
-# %% ../nbs/07_hook.ipynb #88e18cd3
+# %% ../nbs/07_hook.ipynb #9da67a46
 class PipelineClock:
     "Run, length and step as a pipeline and its scheduler tell them"
     def __init__(self, pipe): self.pipe = pipe
@@ -95,7 +96,7 @@ class CallClock:
     def __init__(self, n_steps): self.n_steps, self.run, self.step = n_steps, object(), None
     def reset(self): self.run = object()
 
-# %% ../nbs/07_hook.ipynb #23a79644
+# %% ../nbs/07_hook.ipynb #3b7744ef
 @dataclass(frozen=True)
 class RunStats:
     "What one finished run did in one context"
@@ -138,7 +139,7 @@ class Run:
         self.done, self.history = True, None
         return RunStats(self.context, self.n_steps, self.passes, self.fallbacks, {i: e.item() for i, e in self.errors.items()})
 
-# %% ../nbs/07_hook.ipynb #c42af5ae
+# %% ../nbs/07_hook.ipynb #7eaf673a
 def signature_of(value):
     "Shape, dtype and device of a tensor, or of the tensors in a list: what must not change within a run"
     if isinstance(value, (list, tuple)): return tuple(map(signature_of, value))
@@ -198,7 +199,7 @@ class SpectrumHook(ModelHook):
         if run.step == run.n_steps: self.stats.append(run.finish())
         return out
 
-# %% ../nbs/07_hook.ipynb #6190a787
+# %% ../nbs/07_hook.ipynb #6d50895b
 DENOISERS = ('transformer', 'transformer_2', 'unet')    # the names under which pipelines hold them
 
 class SpectrumHandle:
@@ -250,7 +251,7 @@ class SpectrumHandle:
     def __exit__(self, *_): self.remove()
     def __repr__(self): return f'<Spectrum {self.config} on {[type(d).__name__ for d, *_ in self._hooked] or "nothing (removed)"}, {len(self.stats)} finished runs>'
 
-# %% ../nbs/07_hook.ipynb #d2e25031
+# %% ../nbs/07_hook.ipynb #78b8459b
 def apply_spectrum(
     target,            # a diffusers pipeline (all its denoisers), or a bare denoiser
     config=None,       # SpectrumConfig, planned anew for each run's length, or a Plan; by default `SpectrumConfig()`
@@ -273,7 +274,7 @@ def apply_spectrum(
     elif isinstance(target, nn.Module):
         if n_steps is None and isinstance(config, Plan): n_steps = config.n_steps
         if n_steps is None: raise ValueError('a bare denoiser does not know how many steps a run has: pass n_steps, or a Plan')
-        check_number('n_steps', n_steps, 1, int)
+        check_number('n_steps', n_steps, 1, Integral)
         denoisers, clock = [unwrapped(target)], lambda: CallClock(n_steps)
     else: raise TypeError(f'apply_spectrum needs a diffusers pipeline or a denoiser (nn.Module), not {type(target).__name__}')
     handle = SpectrumHandle(config, n_steps)

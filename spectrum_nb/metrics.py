@@ -11,7 +11,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from .shapes import caption_agreement
 
-# %% ../nbs/22_metrics.ipynb #2afba401
+# %% ../nbs/22_metrics.ipynb #9b862174
 def as_array(image):
     "[height, width, 3] float64 in [0, 1] of a PIL image, an array in [0, 1] or one of bytes"
     a = np.asarray(image)
@@ -47,7 +47,7 @@ def paired(a, b):
     if a.shape != b.shape: raise ValueError(f'cannot compare pictures of shapes {a.shape} and {b.shape}: make them of one size first')
     return a, b
 
-# %% ../nbs/22_metrics.ipynb #11c31f75
+# %% ../nbs/22_metrics.ipynb #ceafd1c6
 def quality(
     images,         # pictures
     references,     # as many pictures, the full run's of the same prompts and seeds

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SpectrumConfig', 'check_number', 'Plan', 'plan_from', 'make_plan', 'taylor_plan', 'reuse_plan']
 
-# %% ../nbs/05_plan.ipynb #590848e6
+# %% ../nbs/05_plan.ipynb #3cfd5aa0
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +16,7 @@ import numpy as np
 from .forecast import forecast_weights, newton_weights
 from .schedule import window_passes
 
-# %% ../nbs/05_plan.ipynb #8a5bdf1f
+# %% ../nbs/05_plan.ipynb #3970d6dc
 @dataclass(frozen=True)
 class SpectrumConfig:
     "Settings of Spectrum; a `ValueError` (wrong value) or `TypeError` (wrong kind) names what cannot work"
@@ -41,7 +41,7 @@ def check_number(name, value, low, kind=Real, high=None):
     if isinstance(value, bool) or not isinstance(value, kind): raise TypeError(f'{name} must be {want}, not {value!r}')
     if not (math.isfinite(value) and value >= low and (high is None or value <= high)): raise ValueError(f'{name} must be {want}, not {value!r}')
 
-# %% ../nbs/05_plan.ipynb #6c7a73db
+# %% ../nbs/05_plan.ipynb #bad5f099
 @dataclass(frozen=True, eq=False)
 class Plan:
     "Which steps of a run are passes, and the weights that make every other step's feature from them"
@@ -85,8 +85,8 @@ class Plan:
         ax=None,  # matplotlib axes, by default a new figure's
     ):            # the axes
         "W as a heat map, the passes marked by ticks at the top"
-        from spectrum_nb.figures import METHODS, new_figure
-        if ax is None: ax = new_figure(height=4.2)[1]
+        from spectrum_nb.figures import METHODS, in_style, new_figure
+        if ax is None: ax = in_style(new_figure)(height=4.2)[1]
         top = max(1, np.abs(self.weights).max())
         image = ax.imshow(np.where(self.weights == 0, np.nan, self.weights), cmap='RdBu_r', vmin=-top, vmax=top, interpolation='nearest')
         ax.plot(self.passes, np.full(len(self.passes), -1.6), '|', color=METHODS['full'], ms=6, mew=1.5, clip_on=False)
@@ -96,7 +96,7 @@ class Plan:
 
     def __repr__(self): return f'Plan({self.name!r}, {len(self.passes)} passes of {self.n_steps} steps: {" ".join(map(str, self.passes))})'
 
-# %% ../nbs/05_plan.ipynb #7a31cbe2
+# %% ../nbs/05_plan.ipynb #398cbb0a
 def plan_from(
     passes,        # ascending steps at which all blocks run
     n_steps:int,   # number of steps of the run

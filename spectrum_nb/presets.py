@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-# %% ../nbs/23_presets.ipynb #34dac2b3
+# %% ../nbs/23_presets.ipynb #36f750db
 @dataclass(frozen=True)
 class Preset:
     "A model and how it is meant to be called"
@@ -28,7 +28,7 @@ PRESETS = {
     'flux':      Preset('black-forest-labs/FLUX.1-dev', torch.bfloat16, dict(guidance_scale=3.5)),
 }
 
-# %% ../nbs/23_presets.ipynb #004bc1eb
+# %% ../nbs/23_presets.ipynb #f3d4b0c3
 def load_pipeline(
     name:str,           # a preset, a folder with a `model_index.json`, or a hub id 'owner/name'
     device:str=None,    # where it goes; by default the GPU if there is one
@@ -49,7 +49,7 @@ def load_pipeline(
     if side and hasattr(pipe, 'default_sample_size'): pipe.default_sample_size = side//pipe.vae_scale_factor
     return pipe.to(device)
 
-# %% ../nbs/23_presets.ipynb #a2dfcb53
+# %% ../nbs/23_presets.ipynb #a810d665
 def call_defaults(
     pipe,      # a pipeline
     name=None, # the preset it came from, if any

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['window_passes', 'alpha_for_passes']
 
-# %% ../nbs/04_schedule.ipynb #5d7a3ed8
+# %% ../nbs/04_schedule.ipynb #911f3be8
 import math
 
-# %% ../nbs/04_schedule.ipynb #fb521545
+# %% ../nbs/04_schedule.ipynb #bcd5705e
 def window_passes(
     n_steps:int,      # number of steps n of the run
     window:float=2.,  # N, first distance between passes after the warm-up (authors: window_size)
@@ -25,7 +25,7 @@ def window_passes(
         else: forecasts += 1
     return passes
 
-# %% ../nbs/04_schedule.ipynb #12bbe430
+# %% ../nbs/04_schedule.ipynb #02c6682b
 def alpha_for_passes(
     n_passes:int,     # wanted number of passes
     n_steps:int,      # number of steps of the run
