@@ -1,5 +1,6 @@
 "What a user gets: the command, its answers to bad input, the wheel and the sdist"
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from spectrum_nb.cli import main
 
 root = Path(__file__).parents[1]
 
@@ -27,6 +30,14 @@ def test_sample_writes_a_picture_and_its_statistics(tmp_path):
     assert sorted(p.name for p in (tmp_path/'sub').iterdir()) == ['picture.json', 'picture.png']
 
 
+def test_a_folder_samples_like_the_preset_it_was_copied_from(tmp_path):
+    shutil.copytree(root/'spectrum_nb/weights/tiny-flux', tmp_path/'mine')
+    for model in ('tiny-flux', './mine'):
+        done = spectrum_nb('sample', '--prompt', 'a small green cross at the left on a white background', '--model', model, '--guidance', 2.5, '--steps', 8, '--out', f'{Path(model).name}.png', cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path/'mine.png').read_bytes() == (tmp_path/'tiny-flux.png').read_bytes()
+
+
 @pytest.mark.parametrize('args, says', [
     (['sample'], 'prompt is empty'),
     (['sample', '--prompt', 'x', '--model', 'tiny-flex'], 'neither a preset'),
@@ -43,9 +54,12 @@ def test_sample_writes_a_picture_and_its_statistics(tmp_path):
     (['draw'], "no command 'draw'"),
     (['bench', '--what', 'nothing'], 'choose forecast or loop'),
 ])
-def test_bad_input_is_one_line_and_writes_nothing(args, says, tmp_path):
-    done = spectrum_nb(*args, cwd=tmp_path)
-    assert done.returncode == 2 and says in done.stderr and 'Traceback' not in done.stderr
+def test_bad_input_is_answered_in_words_and_writes_nothing(args, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    try: status = main(args)
+    except SystemExit as e: status = e.code     # argparse's own answer
+    said = capsys.readouterr()
+    assert status == 2 and says in said.err and 'Traceback' not in said.err and not said.out
     assert not list(tmp_path.iterdir())
 
 

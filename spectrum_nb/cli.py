@@ -6,8 +6,9 @@
 __all__ = ['COMMANDS', 'demo_methods', 'run_methods', 'decode', 'summary', 'as_text', 'comparison_figure', 'demo', 'sample',
            'bench', 'train', 'main']
 
-# %% ../nbs/25_cli.ipynb #e7700522
-import json, sys, textwrap, time, warnings
+# %% ../nbs/25_cli.ipynb #fe034d63
+import json, sys, textwrap
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +18,15 @@ from fastcore.script import anno_parser, call_parse
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .bench import embedded, forecast_bench, loop_bench, provenance, save_json, step_split
-from .figures import in_style, new_figure, save_figure
+from .bench import embedded, forecast_bench, loop_bench, now, provenance, save_json, step_split
+from .figures import in_style, new_figure, save_figure, whole_file
 from .hook import apply_spectrum
 from .metrics import psnr, quality
 from .plan import SpectrumConfig, check_number, make_plan
 from .presets import PRESETS, call_defaults, load_pipeline
 from .shapes import split_scenes
 
-# %% ../nbs/25_cli.ipynb #82ee1b2d
+# %% ../nbs/25_cli.ipynb #ac223644
 def demo_methods(pipe, n_steps=50, blend=.5):
     "[(name, steps, SpectrumConfig or None, scheduler)] of the comparison; the first is the reference"
     euler = pipe.scheduler
@@ -56,9 +57,9 @@ def run_methods(
             pipe.scheduler = scheduler
             handle = apply_spectrum(pipe, config) if config else None
             try:
-                start = time.perf_counter()
+                start = now()
                 latents = pipe(**embeds, num_inference_steps=n, generator=rng(), output_type='latent', callback_on_step_end=tick, **call).images
-                seconds = time.perf_counter() - start
+                seconds = now() - start
             finally:
                 if handle: handle.remove()
             results.append(dict(name=name, steps=n, passes=handle.stats[0].n_passes if handle else n, seconds=seconds, images=decode(pipe, latents, call)))
@@ -86,7 +87,7 @@ def as_text(rows):
     "The rows as a table in plain text, with the spread of PSNR over pictures"
     head = f'{"":22}{"passes":>7}{"seconds":>9}{"speed-up":>10}{"efficiency":>12}{"PSNR dB":>15}{"SSIM":>8}{"as captioned":>14}'
     line = lambda r: (f'{r["name"]:22}{r["passes"]:7}{r["seconds"]:9.2f}{r["speedup"]:9.2f}×{r["efficiency"]:12.2f}'
-                      + (f'{"reference":>15}{"":>8}' if r['psnr'] is None or np.isinf(r['psnr']) else f'{r["psnr"]:8.1f} ± {r["psnr_std"]:4.1f}{r["ssim"]:8.3f}')
+                      + (f'{"the same":>15}{"":>8}' if r['psnr'] is None or np.isinf(r['psnr']) else f'{r["psnr"]:8.1f} ± {r["psnr_std"]:4.1f}{r["ssim"]:8.3f}')
                       + (f'{100*r["agreement"]["all"]:12.0f} %' if 'agreement' in r else ''))
     return '\n'.join([head, *map(line, rows)])
 
@@ -106,7 +107,7 @@ def comparison_figure(results, captions, n=8):
         row[0].set_ylabel(f'{r["name"]}\n{r["passes"]} passes', fontsize=7, rotation=0, ha='right', va='center')
     return fig
 
-# %% ../nbs/25_cli.ipynb #f2e8dd65
+# %% ../nbs/25_cli.ipynb #83ca54c1
 @call_parse
 def demo(
     model:str='tiny-flux',   # a preset, a folder or a hub id of a FLUX pipeline
@@ -117,7 +118,7 @@ def demo(
     out:str='spectrum_demo', # folder for the picture and the table
 ):
     "Full run, Spectrum at α = 0.75 and α = 3, and plainly fewer steps: same prompts, same seeds, side by side"
-    for name, value in (('prompts', prompts), ('seeds', seeds), ('steps', steps)): check_number(name, value, 1, int)
+    for name, value in (('prompts', prompts), ('seeds', seeds), ('steps', steps)): check_number(name, value, 1, Integral)
     pipe = load_pipeline(model)
     call = call_defaults(pipe, model)
     captions = [s.caption for s in split_scenes()[1][:prompts]]*seeds
@@ -129,7 +130,7 @@ def demo(
     picture = save_figure(comparison_figure(results, captions), Path(out)/'demo.png')
     print(f'picture {picture.resolve()}\ntable   {table.resolve()}')
 
-# %% ../nbs/25_cli.ipynb #9848577f
+# %% ../nbs/25_cli.ipynb #9fff5b4c
 @call_parse
 def sample(
     prompt:str='',           # what to draw
@@ -150,29 +151,31 @@ def sample(
 ):
     "Draw one prompt with Spectrum; prints what ran and where the picture is"
     if not prompt.strip(): raise ValueError('the prompt is empty; say what to draw with --prompt')
-    check_number('steps', steps, 1, int)
+    check_number('steps', steps, 1, Integral)
+    for name, value in (('guidance', guidance), ('height', height), ('width', width)):
+        if value is not None: check_number(name, value, 0 if name == 'guidance' else 1)
+    path = Path(out)
+    path = path if path.suffix else path.with_suffix('.png')
+    if path.suffix not in Image.registered_extensions(): raise ValueError(f'a picture cannot be saved as {path.suffix!r}; use .png')
     config = SpectrumConfig(degree, lam, blend, window, alpha, warmup)
     pipe = load_pipeline(model, device)
     call = call_defaults(pipe, model) | {k: v for k, v in dict(guidance_scale=guidance, height=height, width=width).items() if v is not None}
-    start = time.perf_counter()
+    start = now()
     with apply_spectrum(pipe, config) as run:
         image = pipe(prompt, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed), **call).images[0]
-    seconds, path = time.perf_counter() - start, Path(out)
-    path = path if path.suffix else path.with_suffix('.png')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.part{path.suffix}')
-    image.save(part); part.replace(path)
+    seconds = now() - start
+    with whole_file(path) as part: image.save(part)
     stats = [dict(context=s.context, n_steps=s.n_steps, passes=s.passes, fallbacks=s.fallbacks, errors=s.errors) for s in run.stats]
     save_json(dict(prompt=prompt, model=model, seed=seed, steps=steps, config=vars(config), call=call, seconds=seconds, runs=stats) | provenance(pipe.device), path.with_suffix('.json'))
     for s in run.stats: print(f'{s.n_passes} passes of {s.n_steps} steps' + (f', context {s.context}' if s.context else '') + (f', mean error of a forecast {np.mean(list(s.errors.values())):.3f}' if s.errors else ''))
     print(f'{seconds:.1f} s, {path.resolve()}')
 
-# %% ../nbs/25_cli.ipynb #9f07f215
+# %% ../nbs/25_cli.ipynb #78d8a355
 @call_parse
 def bench(
     what:str='forecast',   # `forecast`: one forecast at FLUX's feature size; `loop`: denoising loops of tiny-flux
     device:str='cpu',      # cpu or cuda
-    out:str='',            # JSON file of the table; by default it is only printed
+    out:str='bench.json',  # file of the table
 ):
     "Measure what a forecast costs, or what is saved in a denoising loop; the tables of the bench page"
     if what == 'forecast': result = forecast_bench(device=device)
@@ -180,10 +183,10 @@ def bench(
         pipe = load_pipeline('tiny-flux', device); pipe.set_progress_bar_config(disable=True)
         call, captions = call_defaults(pipe, 'tiny-flux'), [s.caption for s in split_scenes()[1]]
         result = dict(rows=loop_bench(pipe, captions, call), split={str(b): step_split(pipe, captions[:b], call) for b in (1, 64)},
-                      provenance=dict(model='tiny-flux', steps=50, command='spectrum-nb bench --what loop') | provenance(device))
+                      provenance=dict(model='tiny-flux', steps=50, command='spectrum-nb bench --what loop --out loop_cost.json') | provenance(device))
     else: raise ValueError(f'nothing to measure called {what!r}; choose forecast or loop')
     print(json.dumps(result, indent=1, ensure_ascii=False))
-    if out: print(save_json(result, out))
+    print(save_json(result, out).resolve())
 
 @call_parse
 def train(

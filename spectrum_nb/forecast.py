@@ -17,13 +17,13 @@ def rescaled_time(
     "τ = 2i/n − 1: the affine map of [0, n] to [−1, 1]"
     return 2*np.asarray(step, dtype=np.float64)/n_steps - 1
 
-# %% ../nbs/03_forecast.ipynb #c4b0875f
+# %% ../nbs/03_forecast.ipynb #51a408af
 def ridge_weights(
     tau,           # [K] times of the passes, in [-1, 1]
-    tau_next,      # time to forecast
+    tau_next,      # time to forecast, or [R] times
     degree:int=4,  # M, highest Chebyshev degree (M+1 columns)
     lam:float=.1,  # λ, ridge strength; 0 needs at least M+1 passes
-):                 # [K] weights a with ĥ(τ_next) = Σ_k a_k h(τ_k)
+):                 # [K] weights a with ĥ(τ_next) = Σ_k a_k h(τ_k), or [R, K]
     "Weights of the ridge-regression Chebyshev forecast"
     X = chebvander(np.asarray(tau, dtype=np.float64), degree)
     K, P = X.shape
@@ -31,31 +31,36 @@ def ridge_weights(
         raise ValueError(f'lam=0 leaves {P} coefficients of degree {degree} undetermined by {K} passes; '
                          f'use lam > 0, a degree of at most {K - 1}, or at least {P} passes before the first forecast')
     inverse = np.linalg.pinv(np.vstack([X, np.sqrt(lam)*np.eye(P)]))[:, :K]
-    return chebvander([float(tau_next)], degree)[0] @ inverse
+    rows = chebvander(np.atleast_1d(tau_next), degree) @ inverse
+    return rows if np.ndim(tau_next) else rows[0]
 
-# %% ../nbs/03_forecast.ipynb #5d87498d
+# %% ../nbs/03_forecast.ipynb #94b059d7
 def newton_weights(
     steps,        # [K] step indices (or times) of the passes, ascending
-    step_next,    # step to forecast
+    step_next,    # step to forecast, or [R] steps
     order:int=1,  # P: 0 reuses, 1 continues a line, 2 a parabola, 3 a cubic
-):                # [K] weights; zero but for the last P+1 passes
+):                # [K] weights, or [R, K]; zero but for the last P+1 passes
     "Weights of the polynomial through the last `order` + 1 passes, continued to `step_next`"
-    steps = np.asarray(steps, dtype=np.float64)
+    if order < 0: raise ValueError(f'order must be at least 0, not {order}: 0 reuses the last pass')
+    steps, at = np.asarray(steps, dtype=np.float64), np.asarray(step_next, dtype=np.float64)[..., None]
     last = steps[-(order + 1):]
-    ratio = [(step_next - np.delete(last, j))/(s - np.delete(last, j)) for j, s in enumerate(last)]
-    return np.concatenate([np.zeros(len(steps) - len(last)), [r.prod() for r in ratio]])
+    weights = np.zeros((*at.shape[:-1], len(steps)))
+    for j, s in enumerate(last, len(steps) - len(last)):
+        others = last[last != s]
+        weights[..., j] = ((at - others)/(s - others)).prod(-1)
+    return weights
 
-# %% ../nbs/03_forecast.ipynb #f5a7285c
+# %% ../nbs/03_forecast.ipynb #21bd6de3
 def forecast_weights(
     steps,            # [K] step indices of the passes so far, ascending
-    step_next,        # step to forecast
+    step_next,        # step to forecast, or [R] steps
     n_steps:int,      # number of steps of the run
     degree:int=4,     # M, highest Chebyshev degree
     lam:float=.1,     # λ, ridge strength
     blend:float=.5,   # w: 1 is the paper's Chebyshev forecast, 0 the straight line
-):                    # [K] weights a with ĥ = Σ_k a_k h_k
+):                    # [K] weights a with ĥ = Σ_k a_k h_k, or [R, K]
     "Weights of Spectrum's forecast: `blend` · Chebyshev + (1 − `blend`) · linear"
-    weights = np.zeros(len(steps))
+    weights = np.zeros((*np.shape(step_next), len(steps)))
     if blend > 0: weights += blend*ridge_weights(rescaled_time(steps, n_steps), rescaled_time(step_next, n_steps), degree, lam)
     if blend < 1: weights += (1 - blend)*newton_weights(steps, step_next)
     return weights

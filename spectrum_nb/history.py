@@ -25,7 +25,7 @@ def weighted_sum(
         out[start:start + tile] = torch.mv(part.to(wide).T, weights)
     return out.view(features.shape[1:])
 
-# %% ../nbs/06_history.ipynb #96299169
+# %% ../nbs/06_history.ipynb #457ba585
 class History:
     "The features of one run and one context that later steps of its plan will read"
     def __init__(self,
@@ -41,6 +41,8 @@ class History:
         self.slots = {s: slot for s, slot in self.slots.items() if last_use[s] > step}
         if last_use[step] <= step: return
         feature = feature.detach()
+        if self.buffer is not None and (feature.shape, feature.dtype) != (self.buffer.shape[1:], self.buffer.dtype):
+            raise ValueError(f'a feature of shape {tuple(feature.shape)}, {feature.dtype} does not fit a history of {tuple(self.buffer.shape[1:])}, {self.buffer.dtype}')
         if self.buffer is None: self.buffer = torch.empty((self.plan.capacity, *feature.shape), dtype=feature.dtype, device=feature.device)
         slot = next(s for s in range(self.plan.capacity) if s not in self.slots.values())
         self.buffer[slot].copy_(feature)

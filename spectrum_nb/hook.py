@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['BODIES', 'HEADS', 'DENOISERS', 'Anatomy', 'find_anatomy', 'check_anatomy', 'without', 'head_hook', 'PipelineClock',
-           'CallClock', 'RunStats', 'Run', 'signature_of', 'SpectrumHook', 'SpectrumHandle', 'apply_spectrum',
-           'unwrapped']
+           'CallClock', 'RunStats', 'is_finite', 'Run', 'first_argument', 'signature_of', 'SpectrumHook',
+           'beneath_offloading', 'SpectrumHandle', 'apply_spectrum', 'unwrapped']
 
-# %% ../nbs/07_hook.ipynb #e78fdf4b
-import warnings
+# %% ../nbs/07_hook.ipynb #8f6617d1
+import inspect, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
@@ -77,14 +77,16 @@ def head_hook(
     try: yield
     finally: handle.remove()
 
-# %% ../nbs/07_hook.ipynb #9da67a46
+# %% ../nbs/07_hook.ipynb #0d6eecb3
 class PipelineClock:
     "Run, length and step as a pipeline and its scheduler tell them"
     def __init__(self, pipe): self.pipe = pipe
     @property
     def run(self): return self.pipe.scheduler.timesteps
     @property
-    def n_steps(self): return getattr(self.pipe, 'num_timesteps', None) or len(self.run)
+    def n_steps(self):
+        begin = getattr(self.pipe.scheduler, 'begin_index', None)       # > 0 in image-to-image
+        return len(self.run) - begin if begin is not None else getattr(self.pipe, 'num_timesteps', None) or len(self.run)
     @property
     def step(self):
         scheduler = self.pipe.scheduler
@@ -96,7 +98,7 @@ class CallClock:
     def __init__(self, n_steps): self.n_steps, self.run, self.step = n_steps, object(), None
     def reset(self): self.run = object()
 
-# %% ../nbs/07_hook.ipynb #3b7744ef
+# %% ../nbs/07_hook.ipynb #e5248784
 @dataclass(frozen=True)
 class RunStats:
     "What one finished run did in one context"
@@ -108,6 +110,10 @@ class RunStats:
 
     @property
     def n_passes(self): return len(self.passes)
+
+def is_finite(x):
+    "Whether a tensor has neither infinities nor NaN; one pass over it, no copy"
+    return bool(torch.isfinite(torch.stack(torch.aminmax(x.detach()))).all())
 
 class Run:
     "One run in one context while it lasts"
@@ -122,24 +128,32 @@ class Run:
 
     def forecast(self, i):
         "The feature of step i, or None if it must be computed; a forecast that cannot be used is noted"
-        if self.plan.weights[i - self.start, i - self.start] == 1: return None
+        if self.plan.is_pass[i - self.start]: return None
         h = self.history.forecast(self.plan.weights[i - self.start])
-        if h is not None and torch.isfinite(h.sum(dtype=torch.float32)): return h
+        if h is not None and is_finite(h): return h
         self.fallbacks[i] = 'a pass that the forecast needs is missing' if h is None else 'the forecast is not finite'
 
     def keep(self, i, feature):
-        "Store the feature of a pass; where the plan has a check, measure how well it would have been forecast"
-        if (h := self.history.forecast(self.plan.checks[i - self.start])) is not None:
-            self.errors[i] = ((h - feature).float().norm()/feature.float().norm()).detach()
+        "Store the feature of a pass, if it is finite; where the plan has a check, measure how well it would have been forecast"
         self.passes.append(i)
-        if self.plan.weights[i - self.start, i - self.start] == 1: self.history.store(i - self.start, feature)
+        if not is_finite(feature): return False
+        norm = lambda x: torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
+        if (h := self.history.forecast(self.plan.checks[i - self.start])) is not None: self.errors[i] = norm(h.sub_(feature.detach()))/norm(feature.detach())
+        if self.plan.is_pass[i - self.start]: self.history.store(i - self.start, feature)
+        return True
 
     def finish(self):
         "Give the memory back; the statistics of the run"
         self.done, self.history = True, None
         return RunStats(self.context, self.n_steps, self.passes, self.fallbacks, {i: e.item() for i, e in self.errors.items()})
 
-# %% ../nbs/07_hook.ipynb #7eaf673a
+# %% ../nbs/07_hook.ipynb #f7e4c0d4
+def first_argument(module, args, kwargs):
+    "What the first parameter of a module's `forward` is given: the noisy sample, for a denoiser"
+    if args: return args[0]
+    name = next(p for p in inspect.signature(type(module).forward).parameters if p != 'self')
+    return kwargs.get(name)
+
 def signature_of(value):
     "Shape, dtype and device of a tensor, or of the tensors in a list: what must not change within a run"
     if isinstance(value, (list, tuple)): return tuple(map(signature_of, value))
@@ -174,8 +188,14 @@ class SpectrumHook(ModelHook):
             if nth: name = f'{name}#{nth + 1}'
         run = self.runs.get(name)
         if run is None or run.key is not key or run.done or (step is not None and step < run.step):
+            self.runs = {n: r for n, r in self.runs.items() if r.key is key}       # what is left of an interrupted run
             run = self.runs[name] = Run(self.plan_for(self.clock.n_steps), name, key)
         return run, run.step if step is None else step
+
+    def begin_anew(self, run, i, start, why):
+        "What was kept cannot be used from step `start` on: plan the rest of the run as a run of its own"
+        run.fallbacks[i] = why
+        if start < run.n_steps: run.begin(self.plan_for(run.n_steps - start, rest=True), start)
 
     def new_forward(self, module, *args, **kwargs):
         if getattr(module, 'is_cache_enabled', False):
@@ -183,10 +203,8 @@ class SpectrumHook(ModelHook):
         forward, head = self.fn_ref.original_forward, getattr(module, self.anatomy.head)
         run, i = self.find_run()
         if i >= run.n_steps: return forward(*args, **kwargs)
-        signature = signature_of(args[0] if args else next(iter(kwargs.values())))
-        if run.signature not in (None, signature):      # another batch or size: what was kept does not fit any more
-            run.begin(self.plan_for(run.n_steps - i, rest=True), i)
-            run.fallbacks[i] = 'the input changed its shape, dtype or device: new history'
+        signature = signature_of(first_argument(module, args, kwargs))
+        if run.signature not in (None, signature): self.begin_anew(run, i, i, 'the input changed its shape, dtype or device: new history')
         run.signature = signature
         if (h := run.forecast(i)) is not None:
             with without(module, self.anatomy.body), head_hook(head, lambda _: h): out = forward(*args, **kwargs)
@@ -194,27 +212,41 @@ class SpectrumHook(ModelHook):
             seen = []
             with head_hook(head, lambda h: seen.append(h) or h): out = forward(*args, **kwargs)
             if len(seen) != 1: raise RuntimeError(f'the head {self.anatomy.head!r} of {type(module).__name__} was called {len(seen)} times in one pass, not once; pass another anatomy')
-            run.keep(i, seen[0])
+            if not run.keep(i, seen[0]): self.begin_anew(run, i, i + 1, 'the feature is not finite: new history')
         run.step = i + 1
         if run.step == run.n_steps: self.stats.append(run.finish())
         return out
 
-# %% ../nbs/07_hook.ipynb #6d50895b
+# %% ../nbs/07_hook.ipynb #6f67d64d
 DENOISERS = ('transformer', 'transformer_2', 'unet')    # the names under which pipelines hold them
+
+@contextmanager
+def beneath_offloading(
+    module,  # nn.Module
+):
+    "While this lasts, `module.forward` is what accelerate's offloading wraps, not the wrapper, which it takes off and puts on again at its own times"
+    outer = vars(module).get('forward') if '_old_forward' in vars(module) else None
+    if outer: module.forward = module._old_forward
+    try: yield
+    finally:
+        if outer: module._old_forward, module.forward = module.forward, outer
 
 class SpectrumHandle:
     "Spectrum on one pipeline or denoiser; leaving the `with` block, or `remove()`, puts everything back"
-    def __init__(self, config, n_steps): self.config, self.n_steps, self.stats, self._hooked, self._told = config, n_steps, [], [], False
+    def __init__(self, config): self.config, self.stats, self._hooked, self._plans = config, [], [], {}
 
     def _plan_for(self, n_steps, rest=False):
         "The plan of a run of `n_steps`, or of the `rest` of one whose history was lost"
+        if (n_steps, rest) not in self._plans: self._plans[n_steps, rest] = self._new_plan(n_steps, rest)
+        return self._plans[n_steps, rest]
+
+    def _new_plan(self, n_steps, rest):
         if isinstance(self.config, Plan):
             if rest: return make_plan(SpectrumConfig(window=1, alpha=0), n_steps)
             if self.config.n_steps != n_steps:
                 raise ValueError(f'the plan is for {self.config.n_steps} steps but the run has {n_steps}; make_plan(config, n_steps={n_steps}), or pass the config itself')
             return self.config
-        if n_steps <= self.config.warmup and not rest and not self._told:
-            self._told = True
+        if n_steps <= self.config.warmup and not rest:      # said once for each length: plans are kept
             warnings.warn(f'a run of {n_steps} steps is no longer than the warm-up of {self.config.warmup}: every step is a full pass, nothing is saved', stacklevel=2)
         return make_plan(self.config, n_steps)
 
@@ -225,9 +257,9 @@ class SpectrumHandle:
             for hook_name, hook in getattr(getattr(module, '_diffusers_hook', None), 'hooks', {}).items():
                 if hook_name == SpectrumHook.NAME: raise RuntimeError(f'Spectrum is already applied to this {name}; call remove() on its handle first')
                 if hook._is_stateful: raise RuntimeError(f'this {name} has the cache {hook_name!r} of diffusers enabled; disable it first, two caches would corrupt each other')
-        own = vars(denoiser).get('forward')
-        HookRegistry.check_if_exists_or_initialize(denoiser).register_hook(SpectrumHook(self._plan_for, anatomy, clock, self.stats), SpectrumHook.NAME)
-        self._hooked.append((denoiser, own, fresh))
+        hook = SpectrumHook(self._plan_for, anatomy, clock, self.stats)
+        with beneath_offloading(denoiser): HookRegistry.check_if_exists_or_initialize(denoiser).register_hook(hook, SpectrumHook.NAME)
+        self._hooked.append((denoiser, fresh))
 
     def reset(self):
         "Start a new run: for a bare denoiser; a pipeline's runs are told apart by themselves"
@@ -239,19 +271,18 @@ class SpectrumHandle:
     def remove(self):
         "Put every denoiser back as it was; the statistics stay"
         while self._hooked:
-            denoiser, own, fresh = self._hooked.pop()
+            denoiser, fresh = self._hooked.pop()
             registry = denoiser._diffusers_hook
-            registry.remove_hook(SpectrumHook.NAME, recurse=False)
-            if not registry.hooks:
-                if own is None: vars(denoiser).pop('forward', None)
-                else: denoiser.forward = own
-                if fresh: del denoiser._diffusers_hook
+            with beneath_offloading(denoiser):
+                registry.remove_hook(SpectrumHook.NAME, recurse=False)
+                if getattr(vars(denoiser).get('forward'), '__func__', None) is type(denoiser).forward and '_old_forward' not in vars(denoiser): del denoiser.forward
+            if fresh and not registry.hooks: del denoiser._diffusers_hook
 
     def __enter__(self): return self
     def __exit__(self, *_): self.remove()
     def __repr__(self): return f'<Spectrum {self.config} on {[type(d).__name__ for d, *_ in self._hooked] or "nothing (removed)"}, {len(self.stats)} finished runs>'
 
-# %% ../nbs/07_hook.ipynb #78b8459b
+# %% ../nbs/07_hook.ipynb #8ae7d03c
 def apply_spectrum(
     target,            # a diffusers pipeline (all its denoisers), or a bare denoiser
     config=None,       # SpectrumConfig, planned anew for each run's length, or a Plan; by default `SpectrumConfig()`
@@ -263,7 +294,8 @@ def apply_spectrum(
     Raises `TypeError` for a target or config of the wrong kind, `ValueError` for a denoiser without a known head or a plan of another length,
     `RuntimeError` for a second application or a denoiser with a cache of diffusers enabled; nothing is changed then. Within a run, a change
     of the input's shape, dtype or device begins a new history with a full pass (a config is planned anew for the rest of the run, a plan is
-    followed no further), and a forecast that is not finite becomes a full pass; both are noted in `stats`."""
+    followed no further), likewise a feature that is not finite, and a forecast that is not finite becomes a full pass; all are noted in `stats`.
+    For a bare denoiser `n_steps` counts calls: where a step is two calls, name them by `denoiser.cache_context("cond")` and `("uncond")`."""
     config = SpectrumConfig() if config is None else config
     if not isinstance(config, (SpectrumConfig, Plan)): raise TypeError(f'apply_spectrum needs a SpectrumConfig or a Plan, not {type(config).__name__}')
     if isinstance(target, DiffusionPipeline):
@@ -277,7 +309,7 @@ def apply_spectrum(
         check_number('n_steps', n_steps, 1, Integral)
         denoisers, clock = [unwrapped(target)], lambda: CallClock(n_steps)
     else: raise TypeError(f'apply_spectrum needs a diffusers pipeline or a denoiser (nn.Module), not {type(target).__name__}')
-    handle = SpectrumHandle(config, n_steps)
+    handle = SpectrumHandle(config)
     try:
         if n_steps is not None: handle._plan_for(n_steps)
         for denoiser in denoisers: handle._add(denoiser, anatomy, clock())

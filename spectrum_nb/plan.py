@@ -41,7 +41,7 @@ def check_number(name, value, low, kind=Real, high=None):
     if isinstance(value, bool) or not isinstance(value, kind): raise TypeError(f'{name} must be {want}, not {value!r}')
     if not (math.isfinite(value) and value >= low and (high is None or value <= high)): raise ValueError(f'{name} must be {want}, not {value!r}')
 
-# %% ../nbs/05_plan.ipynb #bad5f099
+# %% ../nbs/05_plan.ipynb #28762c7a
 @dataclass(frozen=True, eq=False)
 class Plan:
     "Which steps of a run are passes, and the weights that make every other step's feature from them"
@@ -54,6 +54,7 @@ class Plan:
         W = np.array(self.weights, dtype=np.float64)
         if W.ndim != 2 or W.shape[0] != W.shape[1] or len(W) == 0: raise ValueError(f'weights must be a square matrix [n, n], not of shape {W.shape}')
         n, passes = len(W), [int(p) for p in self.passes]
+        if passes != list(self.passes): raise ValueError(f'passes must be integers, got {list(self.passes)}')
         if passes != sorted(set(passes)) or passes[:1] != [0] or passes[-1] >= n:
             raise ValueError(f'passes must ascend from 0 to at most {n - 1}, got {passes}')
         C = np.zeros((n, n)) if self.checks is None else np.array(self.checks, dtype=np.float64)
@@ -68,6 +69,11 @@ class Plan:
 
     @property
     def n_steps(self): return len(self.weights)
+
+    @cached_property
+    def is_pass(self):
+        "[n] whether all blocks run at a step"
+        return np.isin(np.arange(self.n_steps), self.passes)
 
     @cached_property
     def last_use(self):
@@ -96,23 +102,24 @@ class Plan:
 
     def __repr__(self): return f'Plan({self.name!r}, {len(self.passes)} passes of {self.n_steps} steps: {" ".join(map(str, self.passes))})'
 
-# %% ../nbs/05_plan.ipynb #398cbb0a
+# %% ../nbs/05_plan.ipynb #84bf44b5
 def plan_from(
     passes,        # ascending steps at which all blocks run
     n_steps:int,   # number of steps of the run
-    weights_at,    # function (steps of the passes so far, step) -> their weights
+    weights_at,    # function (steps of the K passes so far, [R] steps) -> [R, K] weights
     name:str='plan', # what to call it
 ):                 # Plan
     "The plan of a forecaster: its weights at every step between passes, and at each pass that follows a forecast, to measure it there"
+    passes = list(passes)
     W, C = np.zeros((n_steps, n_steps)), np.zeros((n_steps, n_steps))
-    is_pass = np.isin(np.arange(n_steps), passes)
-    for i in range(n_steps):
-        known = np.flatnonzero(is_pass[:i])
-        if not is_pass[i]: W[i, known] = weights_at(known, i)
-        else:
-            W[i, i] = 1
-            if i and not is_pass[i - 1]: C[i, known] = weights_at(known, i)
-    return Plan(list(passes), W, C, name)
+    for k, (p, following) in enumerate(zip(passes, [*passes[1:], n_steps]), 1):
+        W[p, p] = 1
+        gap, known = np.arange(p + 1, following), passes[:k]
+        if len(gap) == 0: continue
+        rows = weights_at(known, np.append(gap, following))
+        W[np.ix_(gap, known)] = rows[:-1]
+        if following < n_steps: C[following, known] = rows[-1]
+    return Plan(passes, W, C, name)
 
 def make_plan(
     config:SpectrumConfig,  # settings
@@ -122,7 +129,7 @@ def make_plan(
     check_number('n_steps', n_steps, 1, Integral)
     if not isinstance(config, SpectrumConfig): raise TypeError(f'make_plan needs a SpectrumConfig, not {config!r}')
     return plan_from(window_passes(n_steps, config.window, config.alpha, config.warmup), n_steps,
-                     lambda known, i: forecast_weights(known, i, n_steps, config.degree, config.lam, config.blend),
+                     lambda known, steps: forecast_weights(known, steps, n_steps, config.degree, config.lam, config.blend),
                      f'Spectrum α={config.alpha:g} w={config.blend:g}')
 
 def taylor_plan(
@@ -131,7 +138,7 @@ def taylor_plan(
     order:int=1,   # order of the finite-difference forecast, 0 for plain reuse
 ):                 # Plan
     "The polynomial through the last `order` + 1 passes, continued: what TaylorSeer does, as a plan"
-    return plan_from(passes, n_steps, lambda known, i: newton_weights(known, i, order), f'Taylor order {order}' if order else 'reuse')
+    return plan_from(passes, n_steps, lambda known, steps: newton_weights(known, steps, order), f'Taylor order {order}' if order else 'reuse')
 
 def reuse_plan(
     passes,        # ascending steps at which all blocks run

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'PRESETS', 'Preset', 'load_pipeline', 'call_defaults']
 
-# %% ../nbs/23_presets.ipynb #e75b73c4
-import inspect, os
+# %% ../nbs/23_presets.ipynb #d3be8d58
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +28,7 @@ PRESETS = {
     'flux':      Preset('black-forest-labs/FLUX.1-dev', torch.bfloat16, dict(guidance_scale=3.5)),
 }
 
-# %% ../nbs/23_presets.ipynb #f3d4b0c3
+# %% ../nbs/23_presets.ipynb #d816459b
 def load_pipeline(
     name:str,           # a preset, a folder with a `model_index.json`, or a hub id 'owner/name'
     device:str=None,    # where it goes; by default the GPU if there is one
@@ -43,19 +43,19 @@ def load_pipeline(
         raise ValueError(f'no model {name!r}: it is neither a preset ({", ".join(PRESETS)}), nor a folder here, nor a hub id of the form owner/name')
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     dtype = dtype or (PRESETS[name].dtype if name in PRESETS else torch.float32 if str(device) == 'cpu' else torch.bfloat16)
-    try: pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype, local_files_only=folder or offline)
-    except Exception as e: raise ValueError(f'{source!r} could not be loaded{"" if folder else " from the hub"}: {type(e).__name__}: {e}') from e
-    side = getattr(getattr(pipe, 'vae', None), 'config', {}).get('sample_size')
-    if side and hasattr(pipe, 'default_sample_size'): pipe.default_sample_size = side//pipe.vae_scale_factor
+    try: pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, local_files_only=folder or offline)
+    except Exception as e: raise ValueError(f'{source!r} could not be loaded{"" if folder else " from the hub, and there is no such folder here"}: {type(e).__name__}: {e}') from e
+    if type(pipe).__name__.startswith('Flux'): pipe.default_sample_size = pipe.vae.config.sample_size//pipe.vae_scale_factor
     return pipe.to(device)
 
-# %% ../nbs/23_presets.ipynb #a810d665
+# %% ../nbs/23_presets.ipynb #f602ee30
 def call_defaults(
     pipe,      # a pipeline
     name=None, # the preset it came from, if any
 ):             # dict of arguments for `pipe(prompt, **…)`
-    "Size, prompt length and guidance that suit a pipeline, where its call takes them"
-    takes = inspect.signature(type(pipe).__call__).parameters
-    side = getattr(getattr(pipe, 'vae', None), 'config', {}).get('sample_size')
-    known = dict(height=side, width=side, max_sequence_length=getattr(getattr(pipe, 'tokenizer_2', None), 'model_max_length', None))
-    return {k: v for k, v in known.items() if v and k in takes} | (PRESETS[name].call if name in PRESETS else {})
+    "Size, prompt length and guidance that suit a pipeline; a pipeline of another kind than FLUX has its own defaults"
+    call = dict(PRESETS[name].call) if name in PRESETS else {}
+    if type(pipe).__name__.startswith('Flux'):
+        side = pipe.vae.config.sample_size
+        call = dict(height=side, width=side, max_sequence_length=pipe.tokenizer_2.model_max_length) | call
+    return call

@@ -8,7 +8,7 @@ __all__ = ['window_passes', 'alpha_for_passes']
 # %% ../nbs/04_schedule.ipynb #911f3be8
 import math
 
-# %% ../nbs/04_schedule.ipynb #bcd5705e
+# %% ../nbs/04_schedule.ipynb #def2726b
 def window_passes(
     n_steps:int,      # number of steps n of the run
     window:float=2.,  # N, first distance between passes after the warm-up (authors: window_size)
@@ -16,6 +16,7 @@ def window_passes(
     warmup:int=5,     # m, passes at the start (authors: warmup_steps)
 ):                    # ascending list of the steps at which all blocks run
     "The paper's adaptive schedule of passes"
+    if not window >= 1: raise ValueError(f'window must be at least 1, not {window}: it is the distance between passes')
     passes, forecasts = [], 0
     for i in range(n_steps):
         if i < warmup: passes.append(i)
