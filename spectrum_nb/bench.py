@@ -111,7 +111,7 @@ def forecast_bench(
     return dict(rows=rows, speedup=cases['textbook']['seconds']/cases['ours']['seconds'], over_read=cases['ours']['seconds']/cases['read']['seconds'],
                 provenance=dict(feature=f'{tokens}×{width} {str(dtype)[6:]}', passes=14, command='spectrum-nb bench --what forecast --out forecast_cost.json') | provenance(device))
 
-# %% ../nbs/24_bench.ipynb #7f6ae9cc
+# %% ../nbs/24_bench.ipynb #a9d154c9
 def loop_seconds(pipe, embeds, call, n_steps, config=None):
     "Seconds of one denoising loop from given embeddings, and the handle's statistics"
     with apply_spectrum(pipe, config) if config else nullcontext() as run:
@@ -128,9 +128,9 @@ def loop_bench(
     pipe,            # a FLUX pipeline
     prompts,         # as many as the largest batch
     call,            # arguments of its call
-    batches=(1, 64), # batch sizes
+    batches=(1, 128), # batch sizes
     n_steps:int=50,  # steps
-    rounds:int=3,    # rounds, of which the median counts
+    rounds:int=15,   # rounds, of which the fastest counts
 ):                   # list of rows
     "Speed-up and efficiency of 14- and 10-pass runs over the full run, loop against loop"
     rows, configs = [], {'full': None, 'α = 0.75': SpectrumConfig(), 'α = 3': SpectrumConfig(alpha=3)}
@@ -142,14 +142,15 @@ def loop_bench(
             for name, config in configs.items():
                 s, stats = loop_seconds(pipe, embeds, call, n_steps, config)
                 seconds[name].append(s); passes[name] = stats[0].n_passes if stats else n_steps
-        full = np.median(seconds['full'])
         for name in configs:
-            speedup = full/np.median(seconds[name])
-            rows.append(dict(batch=batch, run=name, passes=passes[name], seconds=round(float(np.median(seconds[name])), 3), speedup=round(speedup, 2),
-                             efficiency=round(speedup/(n_steps/passes[name]), 3)))
+            efficiency = lambda speedup: round(float(speedup*passes[name]/n_steps), 3)
+            best = min(seconds['full'])/min(seconds[name])
+            within = np.quantile(np.divide(seconds['full'], seconds[name]), (.25, .5, .75))      # ratios of neighbours in time
+            rows.append(dict(batch=batch, run=name, passes=passes[name], seconds=round(min(seconds[name]), 3), speedup=round(best, 2),
+                             efficiency=efficiency(best), quartiles=' '.join(str(efficiency(q)) for q in within)))
     return rows
 
-# %% ../nbs/24_bench.ipynb #5ca4cc23
+# %% ../nbs/24_bench.ipynb #9f157696
 def step_split(
     pipe,           # a FLUX pipeline
     prompts,        # a batch of prompts
@@ -166,17 +167,15 @@ def step_split(
     denoiser, anatomy = pipe.transformer, find_anatomy(pipe.transformer)
     plan = make_plan(SpectrumConfig(), 50)
     with torch.no_grad():
-        full = timed(lambda: denoiser(*args, **kwargs), repeats)
         with without(denoiser, anatomy.body): shell = timed(lambda: denoiser(*args, **kwargs), repeats)
         buffer = torch.randn(14, *(len(prompts), (call['height']//pipe.vae_scale_factor//2)**2, denoiser.inner_dim), dtype=denoiser.dtype, device=denoiser.device)
         weigh = timed(lambda: weighted_sum(buffer, plan.weights[-1, plan.passes]), repeats)
-        forecasts = []
-        with apply_spectrum(denoiser, plan) as handle:
-            for i in range(50):
-                start = now(); denoiser(*args, **kwargs)
-                if not plan.is_pass[i]: forecasts.append(now() - start)
-    step, _ = loop_seconds(pipe, embeds, call, 20)
-    parts = dict(full_pass=full, forecast_step=float(np.median(forecasts)), embeddings_and_head=shell, weighted_sum=weigh)
+    starts, ends = [], []
+    watch = [denoiser.register_forward_pre_hook(lambda *_: starts.append(now())), denoiser.register_forward_hook(lambda *_: ends.append(now()))]
+    try: loop, _ = loop_seconds(pipe, embeds, call, 50, plan)
+    finally: [w.remove() for w in watch]
+    inside = np.subtract(ends, starts)
+    parts = dict(full_pass=np.median(inside[plan.is_pass]), forecast_step=np.median(inside[~plan.is_pass]), embeddings_and_head=shell, weighted_sum=weigh)
     parts['hook'] = parts['forecast_step'] - shell - weigh
-    parts['scheduler_and_pipeline'] = step/20 - full
-    return {k: round(1e3*v, 3) for k, v in parts.items()}
+    parts['scheduler_and_pipeline'] = (loop - inside.sum())/50
+    return {k: round(1e3*float(v), 3) for k, v in parts.items()}

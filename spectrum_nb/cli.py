@@ -170,7 +170,7 @@ def sample(
     for s in run.stats: print(f'{s.n_passes} passes of {s.n_steps} steps' + (f', context {s.context}' if s.context else '') + (f', mean error of a forecast {np.mean(list(s.errors.values())):.3f}' if s.errors else ''))
     print(f'{seconds:.1f} s, {path.resolve()}')
 
-# %% ../nbs/25_cli.ipynb #78d8a355
+# %% ../nbs/25_cli.ipynb #9832919f
 @call_parse
 def bench(
     what:str='forecast',   # `forecast`: one forecast at FLUX's feature size; `loop`: denoising loops of tiny-flux
@@ -182,7 +182,7 @@ def bench(
     elif what == 'loop':
         pipe = load_pipeline('tiny-flux', device); pipe.set_progress_bar_config(disable=True)
         call, captions = call_defaults(pipe, 'tiny-flux'), [s.caption for s in split_scenes()[1]]
-        result = dict(rows=loop_bench(pipe, captions, call), split={str(b): step_split(pipe, captions[:b], call) for b in (1, 64)},
+        result = dict(rows=loop_bench(pipe, captions, call), split={str(b): step_split(pipe, captions[:b], call) for b in (1, 128)},
                       provenance=dict(model='tiny-flux', steps=50, command='spectrum-nb bench --what loop --out loop_cost.json') | provenance(device))
     else: raise ValueError(f'nothing to measure called {what!r}; choose forecast or loop')
     print(json.dumps(result, indent=1, ensure_ascii=False))

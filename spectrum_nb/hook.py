@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BODIES', 'HEADS', 'DENOISERS', 'Anatomy', 'find_anatomy', 'check_anatomy', 'without', 'head_hook', 'PipelineClock',
-           'CallClock', 'RunStats', 'is_finite', 'Run', 'first_argument', 'signature_of', 'SpectrumHook',
-           'beneath_offloading', 'SpectrumHandle', 'apply_spectrum', 'unwrapped']
+           'CallClock', 'RunStats', 'is_finite', 'Run', 'signature_of', 'SpectrumHook', 'beneath_offloading',
+           'SpectrumHandle', 'apply_spectrum', 'unwrapped']
 
 # %% ../nbs/07_hook.ipynb #8f6617d1
 import inspect, warnings
@@ -147,13 +147,7 @@ class Run:
         self.done, self.history = True, None
         return RunStats(self.context, self.n_steps, self.passes, self.fallbacks, {i: e.item() for i, e in self.errors.items()})
 
-# %% ../nbs/07_hook.ipynb #f7e4c0d4
-def first_argument(module, args, kwargs):
-    "What the first parameter of a module's `forward` is given: the noisy sample, for a denoiser"
-    if args: return args[0]
-    name = next(p for p in inspect.signature(type(module).forward).parameters if p != 'self')
-    return kwargs.get(name)
-
+# %% ../nbs/07_hook.ipynb #34b27376
 def signature_of(value):
     "Shape, dtype and device of a tensor, or of the tensors in a list: what must not change within a run"
     if isinstance(value, (list, tuple)): return tuple(map(signature_of, value))
@@ -173,6 +167,11 @@ class SpectrumHook(ModelHook):
         super().__init__()
         self.plan_for, self.anatomy, self.clock, self.stats = plan_for, anatomy, clock, stats
         self.contexts, self.runs, self.calls = StateManager(dict), {}, {}
+
+    def initialize_hook(self, module):
+        "Learn the name of the first parameter of `forward`: for a denoiser, the noisy sample"
+        self.sample_name = next((p for p in inspect.signature(type(module).forward).parameters if p != 'self'), None)
+        return module
 
     def reset_state(self, module=None): self.runs, self.calls = {}, {}
 
@@ -203,7 +202,7 @@ class SpectrumHook(ModelHook):
         forward, head = self.fn_ref.original_forward, getattr(module, self.anatomy.head)
         run, i = self.find_run()
         if i >= run.n_steps: return forward(*args, **kwargs)
-        signature = signature_of(first_argument(module, args, kwargs))
+        signature = signature_of(args[0] if args else kwargs.get(self.sample_name))
         if run.signature not in (None, signature): self.begin_anew(run, i, i, 'the input changed its shape, dtype or device: new history')
         run.signature = signature
         if (h := run.forecast(i)) is not None:

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'PRESETS', 'Preset', 'load_pipeline', 'call_defaults']
 
-# %% ../nbs/23_presets.ipynb #d3be8d58
+# %% ../nbs/23_presets.ipynb #ee3b38e7
 import os
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 
-# %% ../nbs/23_presets.ipynb #36f750db
+# %% ../nbs/23_presets.ipynb #487045fd
 @dataclass(frozen=True)
 class Preset:
     "A model and how it is meant to be called"
@@ -21,7 +22,7 @@ class Preset:
     dtype:torch.dtype          # of the weights
     call:dict=field(default_factory=dict) # arguments of the pipeline's call
 
-WEIGHTS = Path(__file__).parent/'weights' if '__file__' in globals() else Path('../spectrum_nb/weights').resolve()
+WEIGHTS = files('spectrum_nb')/'weights'
 
 PRESETS = {
     'tiny-flux': Preset(str(WEIGHTS/'tiny-flux'), torch.float32, dict(guidance_scale=2.5)),

@@ -213,12 +213,12 @@ def save_pipeline(
     os.replace(part, folder)
     return folder
 
-# %% ../nbs/21_tiny.ipynb #2987d3a1
+# %% ../nbs/21_tiny.ipynb #8eea3c95
 def train_tiny_flux(
     folder,                 # where the trained pipeline is saved
     vae_steps:int=4500,     # steps of the autoencoder
     flow_steps:int=8000,    # steps of the denoiser and the text encoders
-    guidance_steps:int=2000,# steps of the guidance distillation
+    guidance_steps:int=1200,# steps of the guidance distillation
     n_each:int=5,           # pictures a scene
     seed:int=0,             # seed of weights, pictures and batches
 ):                          # (FluxPipeline, {stage: final loss})
