@@ -26,12 +26,12 @@ from .plan import SpectrumConfig, check_number, make_plan
 from .presets import PRESETS, call_defaults, load_pipeline
 from .shapes import split_scenes
 
-# %% ../nbs/25_cli.ipynb #ac223644
+# %% ../nbs/25_cli.ipynb #56262dac
 def demo_methods(pipe, n_steps=50, blend=.5):
     "[(name, steps, SpectrumConfig or None, scheduler)] of the comparison; the first is the reference"
     euler = pipe.scheduler
-    second = DPMSolverMultistepScheduler.from_config({k: v for k, v in euler.config.items() if k in ('base_shift', 'max_shift', 'base_image_seq_len', 'max_image_seq_len')},
-                                                     use_flow_sigmas=True, prediction_type='flow_prediction', use_dynamic_shifting=True)
+    second = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type='flow_prediction', use_dynamic_shifting=True)
+    second.register_to_config(**{k: v for k, v in euler.config.items() if k in ('base_shift', 'max_shift', 'base_image_seq_len', 'max_image_seq_len')})  # the pipeline reads them
     ours = [(f'Spectrum α = {a:g}', n_steps, SpectrumConfig(alpha=a, blend=blend), euler) for a in (.75, 3)]
     budgets = [len(make_plan(c, n_steps).passes) for _, _, c, _ in ours]
     return [('full', n_steps, None, euler), *ours, *((f'Euler, {k} steps', k, None, euler) for k in budgets),

@@ -29,7 +29,7 @@ PRESETS = {
     'flux':      Preset('black-forest-labs/FLUX.1-dev', torch.bfloat16, dict(guidance_scale=3.5)),
 }
 
-# %% ../nbs/23_presets.ipynb #d816459b
+# %% ../nbs/23_presets.ipynb #4f365f72
 def load_pipeline(
     name:str,           # a preset, a folder with a `model_index.json`, or a hub id 'owner/name'
     device:str=None,    # where it goes; by default the GPU if there is one
@@ -38,7 +38,7 @@ def load_pipeline(
 ):                      # diffusers pipeline
     "Load a pipeline by `DiffusionPipeline.from_pretrained`; a `ValueError` says what was looked for and where"
     source = PRESETS[name].source if name in PRESETS else os.path.expanduser(str(name))
-    folder = Path(source).is_dir()
+    folder = bool(source) and Path(source).is_dir()
     if folder and not (Path(source)/'model_index.json').exists(): raise ValueError(f'{source!r} is not a pipeline: it holds no model_index.json')
     if not folder and (source.count('/') != 1 or source[0] in './'):
         raise ValueError(f'no model {name!r}: it is neither a preset ({", ".join(PRESETS)}), nor a folder here, nor a hub id of the form owner/name')
