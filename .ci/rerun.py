@@ -1,5 +1,5 @@
 "Execute notebooks and save their outputs, skipping cells flagged slow or cuda: `python .ci/rerun.py [notebook …]`, by default all"
-import os, sys
+import os, subprocess, sys
 from pathlib import Path
 
 from execnb.nbio import read_nb, write_nb
@@ -41,6 +41,8 @@ def noise(output):
 
 if __name__ == '__main__':
     paths = [Path(p).resolve() for p in sys.argv[1:]] or sorted(get_config().nbs_path.glob('*.ipynb'))
-    for path in paths:
-        print(path.name, flush=True)
-        rerun(path)
+    if len(paths) == 1: rerun(paths[0])
+    else:
+        for path in paths:      # each in a process of its own, so that no notebook feels those before it
+            print(path.name, flush=True)
+            subprocess.run([sys.executable, __file__, path], check=True)
