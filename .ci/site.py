@@ -81,6 +81,7 @@ def broken_links():
             if to.is_dir(): to = to/'index.html'
             if not to.exists(): found.append(f'{page.name} -> {target}')
             elif url.fragment and to in pages and unquote(url.fragment) not in pages[to].ids: found.append(f'{page.name} -> {target} (no such place)')
+    found += [f'{sheet.name} imports {u}' for sheet in docs.rglob('*.css') for u in re.findall(r'@import[^;]*https?:[^;]*', sheet.read_text(encoding='utf-8'))]
     return sorted(set(found))
 
 
@@ -89,6 +90,7 @@ if __name__ == '__main__':
     site = build(proc, quiet=True)
     shutil.rmtree(docs, ignore_errors=True)
     shutil.move(site.out, docs)
+    for sheet in docs.rglob('*.css'): sheet.write_text(re.sub(r'@import\s*(url\()?["\']?https?:[^;]*;', '', sheet.read_text(encoding='utf-8')), encoding='utf-8')  # web fonts
     for page in docs.rglob('*.html'): page.write_text(to_mathml(page.read_text(encoding='utf-8')), encoding='utf-8')
     problems = [str(w) for w in site.warnings] + broken_links()
     print(f'{n} pages in {docs.name}/, {len(problems)} problems')
