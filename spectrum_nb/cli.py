@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS', 'demo_methods', 'run_methods', 'decode', 'summary', 'as_text', 'comparison_figure', 'demo', 'sample',
            'bench', 'train', 'main']
 
-# %% ../nbs/25_cli.ipynb #fe034d63
+# %% ../nbs/25_cli.ipynb #b75c225f
 import json, sys, textwrap
 from numbers import Integral
 from pathlib import Path
@@ -23,7 +23,7 @@ from .figures import in_style, new_figure, save_figure, whole_file
 from .hook import apply_spectrum
 from .metrics import psnr, quality
 from .plan import SpectrumConfig, check_number, make_plan
-from .presets import PRESETS, call_defaults, load_pipeline
+from .presets import call_defaults, load_pipeline
 from .shapes import split_scenes
 
 # %% ../nbs/25_cli.ipynb #56262dac

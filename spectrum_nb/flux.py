@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['word_tokenizer', 'new_tiny_flux', 'flux_velocity', 'flux_embeds']
 
-# %% ../nbs/08_flux.ipynb #eeaa6b37
-import numpy as np
+# %% ../nbs/08_flux.ipynb #b9a24a8b
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
