@@ -150,7 +150,7 @@ def loop_bench(
                              efficiency=efficiency(best), quartiles=' '.join(str(efficiency(q)) for q in within)))
     return rows
 
-# %% ../nbs/24_bench.ipynb #9f157696
+# %% ../nbs/24_bench.ipynb #c918b462
 def step_split(
     pipe,           # a FLUX pipeline
     prompts,        # a batch of prompts
@@ -161,21 +161,21 @@ def step_split(
     embeds, seen = embedded(pipe, prompts, call), {}
     def spy(module, args, kwargs): seen.setdefault('call', (args, kwargs))
     watch = pipe.transformer.register_forward_pre_hook(spy, with_kwargs=True)
-    loop_seconds(pipe, embeds, call, 2)
-    watch.remove()
+    try: loop_seconds(pipe, embeds, call, 2)
+    finally: watch.remove()
     args, kwargs = seen['call']
     denoiser, anatomy = pipe.transformer, find_anatomy(pipe.transformer)
     plan = make_plan(SpectrumConfig(), 50)
     with torch.no_grad():
         with without(denoiser, anatomy.body): shell = timed(lambda: denoiser(*args, **kwargs), repeats)
-        buffer = torch.randn(14, *(len(prompts), (call['height']//pipe.vae_scale_factor//2)**2, denoiser.inner_dim), dtype=denoiser.dtype, device=denoiser.device)
+        buffer = torch.randn(len(plan.passes), len(prompts), (call['height']//pipe.vae_scale_factor//2)**2, denoiser.inner_dim, dtype=denoiser.dtype, device=denoiser.device)
         weigh = timed(lambda: weighted_sum(buffer, plan.weights[-1, plan.passes]), repeats)
     starts, ends = [], []
     watch = [denoiser.register_forward_pre_hook(lambda *_: starts.append(now())), denoiser.register_forward_hook(lambda *_: ends.append(now()))]
-    try: loop, _ = loop_seconds(pipe, embeds, call, 50, plan)
+    try: loop, _ = loop_seconds(pipe, embeds, call, plan.n_steps, plan)
     finally: [w.remove() for w in watch]
     inside = np.subtract(ends, starts)
     parts = dict(full_pass=np.median(inside[plan.is_pass]), forecast_step=np.median(inside[~plan.is_pass]), embeddings_and_head=shell, weighted_sum=weigh)
     parts['hook'] = parts['forecast_step'] - shell - weigh
-    parts['scheduler_and_pipeline'] = (loop - inside.sum())/50
+    parts['scheduler_and_pipeline'] = (loop - inside.sum())/plan.n_steps
     return {k: round(1e3*float(v), 3) for k, v in parts.items()}

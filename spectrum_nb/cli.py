@@ -6,8 +6,9 @@
 __all__ = ['COMMANDS', 'demo_methods', 'run_methods', 'decode', 'summary', 'as_text', 'comparison_figure', 'demo', 'sample',
            'bench', 'train', 'main']
 
-# %% ../nbs/25_cli.ipynb #b75c225f
+# %% ../nbs/25_cli.ipynb #1775443a
 import json, sys, textwrap
+from dataclasses import asdict
 from numbers import Integral
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from .plan import SpectrumConfig, check_number, make_plan
 from .presets import call_defaults, load_pipeline
 from .shapes import split_scenes
 
-# %% ../nbs/25_cli.ipynb #56262dac
+# %% ../nbs/25_cli.ipynb #2c5d4967
 def demo_methods(pipe, n_steps=50, blend=.5):
     "[(name, steps, SpectrumConfig or None, scheduler)] of the comparison; the first is the reference"
     euler = pipe.scheduler
@@ -95,9 +96,7 @@ def as_text(rows):
 def comparison_figure(results, captions, n=8):
     "The first `n` prompts as columns, the methods as rows, PSNR under each picture"
     n = min(n, len(captions))
-    fig, axs = new_figure(height=1.02*len(results) + .6)
-    fig.clear()
-    axs = fig.subplots(len(results), n, squeeze=False)
+    fig, axs = new_figure(n, height=1.02*len(results) + .6, n_rows=len(results), squeeze=False)
     for row, r in zip(axs, results):
         for k, ax in enumerate(row):
             ax.imshow(r['images'][k], interpolation='nearest'); ax.set(xticks=[], yticks=[])
@@ -130,7 +129,7 @@ def demo(
     picture = save_figure(comparison_figure(results, captions), Path(out)/'demo.png')
     print(f'picture {picture.resolve()}\ntable   {table.resolve()}')
 
-# %% ../nbs/25_cli.ipynb #9fff5b4c
+# %% ../nbs/25_cli.ipynb #f69e7222
 @call_parse
 def sample(
     prompt:str='',           # what to draw
@@ -165,8 +164,7 @@ def sample(
         image = pipe(prompt, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed), **call).images[0]
     seconds = now() - start
     with whole_file(path) as part: image.save(part)
-    stats = [dict(context=s.context, n_steps=s.n_steps, passes=s.passes, fallbacks=s.fallbacks, errors=s.errors) for s in run.stats]
-    save_json(dict(prompt=prompt, model=model, seed=seed, steps=steps, config=vars(config), call=call, seconds=seconds, runs=stats) | provenance(pipe.device), path.with_suffix('.json'))
+    save_json(dict(prompt=prompt, model=model, seed=seed, steps=steps, config=vars(config), call=call, seconds=seconds, runs=[asdict(s) for s in run.stats]) | provenance(pipe.device), path.with_suffix('.json'))
     for s in run.stats: print(f'{s.n_passes} passes of {s.n_steps} steps' + (f', context {s.context}' if s.context else '') + (f', mean error of a forecast {np.mean(list(s.errors.values())):.3f}' if s.errors else ''))
     print(f'{seconds:.1f} s, {path.resolve()}')
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-# %% ../nbs/00_figures.ipynb #5fd65f32
+# %% ../nbs/00_figures.ipynb #af2f4adc
 STYLE = {'font.size': 9, 'axes.titlesize': 9, 'axes.titlelocation': 'left', 'axes.spines.top': False, 'axes.spines.right': False,
          'axes.grid': False, 'lines.linewidth': 1.5, 'lines.markersize': 4, 'figure.dpi': 110, 'savefig.dpi': 110, 'legend.frameon': False,
          'svg.hashsalt': 'spectrum_nb'}
@@ -22,10 +22,11 @@ METHODS = dict(full='#222222', chebyshev='#0b62a4', linear='#d1495b', blend='#7b
 def new_figure(
     n_cols:int=1,       # panels side by side
     height:float=2.6,   # inches
+    n_rows:int=1,       # panels above each other
     **kwargs,           # passed to `plt.subplots`
 ):                      # (figure, axes) as `plt.subplots` returns them
-    "A figure of the width of a page, for axes side by side; `METHODS` are the colours"
-    return plt.subplots(1, n_cols, figsize=(7.2, height), layout='constrained', **kwargs)
+    "A figure of the width of a page; `METHODS` are the colours"
+    return plt.subplots(n_rows, n_cols, figsize=(7.2, height), layout='constrained', **kwargs)
 
 def use_style():
     "Draw in the style of this package from here on; for notebooks"
