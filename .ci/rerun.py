@@ -1,5 +1,5 @@
-"Execute notebooks and save their outputs, skipping cells flagged slow or cuda: `python .ci/rerun.py [notebook …]`, by default all"
-import os, subprocess, sys
+"Execute notebooks and save their outputs; by default all, without the cells flagged notest, slow or cuda"
+import argparse, os, subprocess, sys
 from pathlib import Path
 
 from execnb.nbio import read_nb, write_nb
@@ -9,10 +9,10 @@ from nbdev.clean import clean_nb
 from nbdev.config import get_config
 from nbdev.process import NBProcessor
 
-SKIP = {'notest', 'slow', 'cuda'}
+SKIP = set(get_config(path=Path(__file__).parent).tst_flags.split())
 
 
-def rerun(path):
+def rerun(path, skip):
     "Run one notebook and save it with its outputs; whatever is flagged keeps the outputs it had"
     os.environ['IN_TEST'] = '1'
     nb = NBProcessor(path, process=True).nb
@@ -20,7 +20,7 @@ def rerun(path):
     shell, skipped = CaptureShell(path), set()
 
     def preproc(cell):
-        if cell.cell_type != 'code' or SKIP & set(getattr(cell, 'directives_', {}) or {}):
+        if cell.cell_type != 'code' or skip & set(getattr(cell, 'directives_', {}) or {}):
             skipped.add(cell.id)
             return True
 
@@ -40,9 +40,13 @@ def noise(output):
 
 
 if __name__ == '__main__':
-    paths = [Path(p).resolve() for p in sys.argv[1:]] or sorted(get_config().nbs_path.glob('*.ipynb'))
-    if len(paths) == 1: rerun(paths[0])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('notebooks', nargs='*', type=Path, help='by default all')
+    parser.add_argument('--slow', action='store_true', help='run the cells flagged slow, too: they write the saved results anew')
+    args = parser.parse_args()
+    paths = [p.resolve() for p in args.notebooks] or sorted(get_config(path=Path(__file__).parent).nbs_path.glob('*.ipynb'))
+    if len(paths) == 1: rerun(paths[0], SKIP - {'slow'} if args.slow else SKIP)
     else:
         for path in paths:      # each in a process of its own, so that no notebook feels those before it
             print(path.name, flush=True)
-            subprocess.run([sys.executable, __file__, path], check=True)
+            subprocess.run([sys.executable, __file__, path, *(['--slow'] if args.slow else [])], check=True)
