@@ -20,7 +20,8 @@ def rerun(path, skip):
     shell, skipped = CaptureShell(path), set()
 
     def preproc(cell):
-        if cell.cell_type != 'code' or skip & set(getattr(cell, 'directives_', {}) or {}):
+        directives = getattr(cell, 'directives_', None) or {}
+        if cell.cell_type != 'code' or skip & set(directives) or directives.get('eval:') == ['false']:
             skipped.add(cell.id)
             return True
 

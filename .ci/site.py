@@ -1,7 +1,9 @@
 """Build the site into _docs without Quarto: nbdev makes the pages, smalldocs renders them from the real _quarto.yml.
 
-Quarto's own options are not checked here. Maths becomes MathML, so that pages need no network."""
+Quarto's own options are not checked here. Maths becomes MathML, so that pages need no network; citations, which
+smalldocs does not know, are resolved from references.bib by pybtex."""
 import html
+import json
 import re
 import shutil
 import sys
@@ -14,10 +16,13 @@ from latex2mathml.converter import convert
 from nbdev.config import get_config
 from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
+from pybtex.database import parse_file
+from pybtex.plugin import find_plugin
 from smalldocs.site import build
 
 root = get_config(path=Path(__file__).parent).config_path
 proc, docs = root/'_proc', root/'_docs'
+WEB_FONT = re.compile(r'''@import\s+(url\(\s*["']?https?:[^)]*\)|"https?:[^"]*"|'https?:[^']*')[^;]*;''')       # the address itself may hold semicolons
 
 
 def without_numbers(text, names):
@@ -26,23 +31,46 @@ def without_numbers(text, names):
     return text
 
 
+def cited(cells, bibliography):
+    """Put links for citations, [@key] or [@key, place], and a list of the works that were cited under the page"""
+    def author_year(key):
+        entry = bibliography.entries[key]                       # a KeyError names a work that is not in the file
+        names = [' '.join(p.prelast_names + p.last_names) or str(p) for p in entry.persons['author']]
+        who = ' and '.join(names) if len(names) < 3 else f'{names[0]} et al.'
+        return re.sub('[{}]', '', f'{who} {entry.fields["year"]}')
+
+    def link(match):
+        key, place = match[1], match[2] or ''
+        keys.append(key)
+        return f'([{author_year(key)}](#ref-{key}){place})'
+
+    keys = []
+    for cell in cells:
+        if cell['cell_type'] == 'markdown': cell['source'] = re.sub(r'\[@([\w-]+)(,[^\]]*)?\]', link, ''.join(cell['source']))
+    if not keys: return cells
+    style, backend = find_plugin('pybtex.style.formatting', 'plain')(), find_plugin('pybtex.backends', 'html')()
+    works = ''.join(f'<p id="ref-{e.key}">{e.text.render(backend)}</p>\n' for e in style.format_bibliography(bibliography, list(dict.fromkeys(keys))))
+    return [*cells, dict(cell_type='markdown', id='references', metadata={}, source=f'## References\n\n{works}')]
+
+
 def make_pages():
-    "Process the notebooks as nbdev does for Quarto, under the names that their pages have"
+    "Process the notebooks as nbdev does for Quarto, under the names that their pages have; {name here: name in nbs/}"
     refresh_quarto_yml()
     proc_nbs(n_workers=0, force=True)
     names = {p.name: re.sub(r'^\d+\w?_', '', p.name) for p in proc.glob('*.ipynb')}
+    config = yaml.safe_load(without_numbers((root/'_quarto.yml').read_text(encoding='utf-8'), names))
+    bibliography = parse_file(proc/config.pop('bibliography'))
     for old, new in names.items():
         page = re.sub(r'output-file: [\w.]+\\n', '', (proc/old).read_text(encoding='utf-8'))    # for Quarto alone: here the file has that name
-        (proc/new).write_text(without_numbers(page, names), encoding='utf-8')
-        if new != old: (proc/old).unlink()
-    shutil.copytree(root/'nbs/results', proc/'results', dirs_exist_ok=True)
-    shutil.copy(root/'nbs/styles.css', proc)
-    config = yaml.safe_load(without_numbers((root/'_quarto.yml').read_text(encoding='utf-8'), names))
+        page = json.loads(without_numbers(page, names))
+        page['cells'] = cited(page['cells'], bibliography)
+        (proc/old).unlink()
+        (proc/new).write_text(json.dumps(page), encoding='utf-8')
     ours = yaml.safe_load((root/'nbs/nbdev.yml').read_text(encoding='utf-8'))
     config['website'] = ours['website'] | config['website']
-    for quarto_only in (config.pop('execute'), config['format']['html'].pop('html-math-method')): assert quarto_only     # nothing runs, maths is done below
+    for quarto_only in (config.pop('execute'), config.pop('link-citations'), config['format']['html'].pop('html-math-method')): assert quarto_only     # nothing runs; citations and maths are done here
     (proc/'_quarto.yml').write_text(yaml.safe_dump(config, sort_keys=False), encoding='utf-8')
-    return len(names)
+    return {new: old for old, new in names.items()}
 
 
 def to_mathml(page):
@@ -52,6 +80,11 @@ def to_mathml(page):
         return convert(tex, display='block' if match[2] == '[' else 'inline')
     page = re.sub(r'<span class="math (inline|display)">\\([(\[])(.*?)\\[)\]]</span>', formula, page, flags=re.S)
     return re.sub(r'<link[^>]*katex[^>]*>|<script[^>]*katex[^>]*>.*?</script>', '', page, flags=re.S)
+
+
+def to_source(page, names):
+    "The page with its `View source` link leading to the notebook under its name in the repository"
+    return re.sub(r'(/blob/main/nbs/)([\w.]+ipynb)', lambda m: m[1] + names[m[2]], page)
 
 
 class Links(HTMLParser):
@@ -86,12 +119,12 @@ def broken_links():
 
 
 if __name__ == '__main__':
-    n = make_pages()
+    names = make_pages()
     site = build(proc, quiet=True)
     shutil.rmtree(docs, ignore_errors=True)
     shutil.move(site.out, docs)
-    for sheet in docs.rglob('*.css'): sheet.write_text(re.sub(r'@import\s*(url\()?["\']?https?:[^;]*;', '', sheet.read_text(encoding='utf-8')), encoding='utf-8')  # web fonts
-    for page in docs.rglob('*.html'): page.write_text(to_mathml(page.read_text(encoding='utf-8')), encoding='utf-8')
+    for sheet in docs.rglob('*.css'): sheet.write_text(WEB_FONT.sub('', sheet.read_text(encoding='utf-8')), encoding='utf-8')
+    for page in docs.rglob('*.html'): page.write_text(to_source(to_mathml(page.read_text(encoding='utf-8')), names), encoding='utf-8')
     problems = [str(w) for w in site.warnings] + broken_links()
-    print(f'{n} pages in {docs.name}/, {len(problems)} problems')
+    print(f'{len(names)} pages in {docs.name}/, {len(problems)} problems')
     if problems: sys.exit('\n'.join(problems))

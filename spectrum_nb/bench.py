@@ -6,7 +6,7 @@
 __all__ = ['provenance', 'finite', 'save_json', 'now', 'timed', 'textbook_forecast', 'forecast_case', 'alone', 'forecast_bench',
            'loop_seconds', 'embedded', 'loop_bench', 'step_split']
 
-# %% ../nbs/24_bench.ipynb #3b13d762
+# %% ../nbs/24_bench.ipynb #1f1b26d8
 import json, math, multiprocessing, platform, resource, time
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,12 +19,12 @@ from numpy.polynomial.chebyshev import chebvander
 from tqdm.auto import tqdm
 
 from .figures import whole_file
-from .forecast import rescaled_time
+from .chebyshev import rescaled_time
 from .history import weighted_sum
 from .hook import Run, apply_spectrum, find_anatomy, without
 from .plan import SpectrumConfig, make_plan
 
-# %% ../nbs/24_bench.ipynb #ffed1123
+# %% ../nbs/24_bench.ipynb #c3e0e8c3
 def provenance(device='cpu'):
     "Where and with what a number was measured"
     chip = torch.cuda.get_device_name() if str(device).startswith('cuda') else f'CPU, {torch.get_num_threads()} threads'
@@ -54,7 +54,7 @@ def timed(f, repeats):
         seconds.append(now() - start)
     return float(np.median(seconds[1:]))
 
-# %% ../nbs/24_bench.ipynb #bf1be600
+# %% ../nbs/24_bench.ipynb #208b2f09
 def textbook_forecast(
     features,  # list of K tensors, the features of the passes
     tau,       # [K] their times
@@ -111,7 +111,7 @@ def forecast_bench(
     return dict(rows=rows, speedup=cases['textbook']['seconds']/cases['ours']['seconds'], over_read=cases['ours']['seconds']/cases['read']['seconds'],
                 provenance=dict(feature=f'{tokens}×{width} {str(dtype)[6:]}', passes=14, command='spectrum-nb bench --what forecast --out forecast_cost.json') | provenance(device))
 
-# %% ../nbs/24_bench.ipynb #a9d154c9
+# %% ../nbs/24_bench.ipynb #bf15e74a
 def loop_seconds(pipe, embeds, call, n_steps, config=None):
     "Seconds of one denoising loop from given embeddings, and the handle's statistics"
     with apply_spectrum(pipe, config) if config else nullcontext() as run:
@@ -150,7 +150,7 @@ def loop_bench(
                              efficiency=efficiency(best), quartiles=' '.join(str(efficiency(q)) for q in within)))
     return rows
 
-# %% ../nbs/24_bench.ipynb #c918b462
+# %% ../nbs/24_bench.ipynb #f679d7cc
 def step_split(
     pipe,           # a FLUX pipeline
     prompts,        # a batch of prompts

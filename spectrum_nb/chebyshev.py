@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['rescaled_time', 'ellipse_parameter', 'bernstein_ellipse', 'decay_rate']
 
-# %% ../nbs/01_chebyshev.ipynb #da64c9ba
+# %% ../nbs/01_chebyshev.ipynb #f2c471c7
 import numpy as np
 
-# %% ../nbs/01_chebyshev.ipynb #3c79f295
+# %% ../nbs/01_chebyshev.ipynb #89b3a329
 def rescaled_time(
     step,         # step index i, a number or an array
     n_steps:int,  # number of steps n of the run
@@ -16,7 +16,7 @@ def rescaled_time(
     "τ = 2i/n − 1: the affine map of [0, n] to [−1, 1]"
     return 2*np.asarray(step, dtype=np.float64)/n_steps - 1
 
-# %% ../nbs/01_chebyshev.ipynb #f86cd49f
+# %% ../nbs/01_chebyshev.ipynb #02dd47de
 def ellipse_parameter(
     z,  # a point or an array of points of the complex plane
 ):      # ρ >= 1, same shape
@@ -33,7 +33,7 @@ def bernstein_ellipse(
     w = rho*np.exp(2j*np.pi*np.arange(n_points)/n_points)
     return (w + 1/w)/2
 
-# %% ../nbs/01_chebyshev.ipynb #4e8954a3
+# %% ../nbs/01_chebyshev.ipynb #87f82f4f
 def decay_rate(
     coefficients, # [M+1] sizes |c_m| of Chebyshev coefficients, all positive
     first:int=1,  # first degree of the fit

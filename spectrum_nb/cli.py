@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS', 'demo_methods', 'run_methods', 'decode', 'summary', 'as_text', 'comparison_figure', 'demo', 'sample',
            'bench', 'train', 'main']
 
-# %% ../nbs/25_cli.ipynb #1775443a
+# %% ../nbs/25_cli.ipynb #2256c5bf
 import json, sys, textwrap
 from dataclasses import asdict
 from numbers import Integral
@@ -27,7 +27,7 @@ from .plan import SpectrumConfig, check_number, make_plan
 from .presets import call_defaults, load_pipeline
 from .shapes import split_scenes
 
-# %% ../nbs/25_cli.ipynb #2c5d4967
+# %% ../nbs/25_cli.ipynb #4f37ae4d
 def demo_methods(pipe, n_steps=50, blend=.5):
     "[(name, steps, SpectrumConfig or None, scheduler)] of the comparison; the first is the reference"
     euler = pipe.scheduler
@@ -106,7 +106,7 @@ def comparison_figure(results, captions, n=8):
         row[0].set_ylabel(f'{r["name"]}\n{r["passes"]} passes', fontsize=7, rotation=0, ha='right', va='center')
     return fig
 
-# %% ../nbs/25_cli.ipynb #83ca54c1
+# %% ../nbs/25_cli.ipynb #459b20ab
 @call_parse
 def demo(
     model:str='tiny-flux',   # a preset, a folder or a hub id of a FLUX pipeline
@@ -129,7 +129,7 @@ def demo(
     picture = save_figure(comparison_figure(results, captions), Path(out)/'demo.png')
     print(f'picture {picture.resolve()}\ntable   {table.resolve()}')
 
-# %% ../nbs/25_cli.ipynb #f69e7222
+# %% ../nbs/25_cli.ipynb #6a674f60
 @call_parse
 def sample(
     prompt:str='',           # what to draw
@@ -168,7 +168,7 @@ def sample(
     for s in run.stats: print(f'{s.n_passes} passes of {s.n_steps} steps' + (f', context {s.context}' if s.context else '') + (f', mean error of a forecast {np.mean(list(s.errors.values())):.3f}' if s.errors else ''))
     print(f'{seconds:.1f} s, {path.resolve()}')
 
-# %% ../nbs/25_cli.ipynb #9832919f
+# %% ../nbs/25_cli.ipynb #11217d7d
 @call_parse
 def bench(
     what:str='forecast',   # `forecast`: one forecast at FLUX's feature size; `loop`: denoising loops of tiny-flux
@@ -200,7 +200,7 @@ def train(
     _, losses = train_tiny_flux(out, seed=seed, **{k: v for k, v in steps.items() if v is not None})
     print(f'{losses}\n{Path(out).resolve()}')
 
-# %% ../nbs/25_cli.ipynb #0c8ea6da
+# %% ../nbs/25_cli.ipynb #827c027d
 COMMANDS = dict(demo=demo, sample=sample, bench=bench, train=train)
 
 def main(

@@ -6,14 +6,14 @@
 __all__ = ['newton_bound', 'truncation_bound', 'RidgeBound', 'basis', 'ridge_bound', 'ridge_bound_at', 'ellipse_norm',
            'worst_case']
 
-# %% ../nbs/02_error_bounds.ipynb #5b5183ca
+# %% ../nbs/02_error_bounds.ipynb #1bbb4d23
 from dataclasses import dataclass
 from math import factorial
 
 import numpy as np
 from numpy.polynomial.chebyshev import chebvander
 
-# %% ../nbs/02_error_bounds.ipynb #c4e21ea7
+# %% ../nbs/02_error_bounds.ipynb #572772b9
 def newton_bound(
     steps,        # [K] steps of the passes, ascending
     step_next,    # step to forecast, or [R] steps
@@ -24,7 +24,7 @@ def newton_bound(
     if len(last) <= order: raise ValueError(f'order {order} needs {order + 1} passes, got {len(last)}')
     return np.abs(np.asarray(step_next, dtype=np.float64)[..., None] - last).prod(-1)/factorial(order + 1)
 
-# %% ../nbs/02_error_bounds.ipynb #78ae1a2f
+# %% ../nbs/02_error_bounds.ipynb #123b6910
 def truncation_bound(
     degree,        # M, highest degree kept, a number or an array
     rho,           # ρ > 1, parameter of an ellipse that h is analytic in
@@ -34,7 +34,7 @@ def truncation_bound(
     if not np.all(np.asarray(rho) > 1): raise ValueError(f'rho must be greater than 1, not {rho}')
     return 2*size*np.asarray(rho, dtype=np.float64)**-np.asarray(degree)/(rho - 1)
 
-# %% ../nbs/02_error_bounds.ipynb #38744ee0
+# %% ../nbs/02_error_bounds.ipynb #4dec254e
 @dataclass(frozen=True)
 class RidgeBound:
     "The three terms of the bound of a ridge forecast's error, each a number or [R]"
@@ -80,7 +80,7 @@ def ridge_bound_at(
     eps, largest = truncation_bound(degree, rho, size), size*np.where(np.arange(degree + 1) == 0, 1, 2)*float(rho)**-np.arange(degree + 1)
     return RidgeBound(eps + 0*rows[..., 0], lam*np.abs(rows) @ largest, np.abs(rows @ X.T).sum(-1)*(eps + noise))
 
-# %% ../nbs/02_error_bounds.ipynb #c2c1ceef
+# %% ../nbs/02_error_bounds.ipynb #ce0ef66c
 def ellipse_norm(
     n_coefficients:int, # how many c_m
     rho:float,          # ρ > 1

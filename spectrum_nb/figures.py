@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['STYLE', 'METHODS', 'new_figure', 'use_style', 'in_style', 'whole_file', 'save_figure']
 
-# %% ../nbs/00_figures.ipynb #28fe5f83
+# %% ../nbs/00_figures.ipynb #01815653
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-# %% ../nbs/00_figures.ipynb #af2f4adc
+# %% ../nbs/00_figures.ipynb #42a3fff4
 STYLE = {'font.size': 9, 'axes.titlesize': 9, 'axes.titlelocation': 'left', 'axes.spines.top': False, 'axes.spines.right': False,
          'axes.grid': False, 'lines.linewidth': 1.5, 'lines.markersize': 4, 'figure.dpi': 110, 'savefig.dpi': 110, 'legend.frameon': False,
          'svg.hashsalt': 'spectrum_nb'}

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['word_tokenizer', 'new_tiny_flux', 'flux_velocity', 'flux_embeds']
 
-# %% ../nbs/08_flux.ipynb #b9a24a8b
+# %% ../nbs/08_flux.ipynb #bed0da00
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-# %% ../nbs/08_flux.ipynb #49ba6b10
+# %% ../nbs/08_flux.ipynb #b805b929
 def word_tokenizer(
     words,            # the vocabulary, an iterable of lower-case words
     max_length:int,   # tokens a caption is padded or cut to, ends included
@@ -25,7 +25,7 @@ def word_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=tok, model_max_length=max_length, pad_token='<pad>', bos_token='<s>',
                                    eos_token='</s>', unk_token='<unk>')
 
-# %% ../nbs/08_flux.ipynb #c375058c
+# %% ../nbs/08_flux.ipynb #886710ae
 def new_tiny_flux(
     words,                # vocabulary of the captions
     side:int=32,          # pixels a side
@@ -54,7 +54,7 @@ def new_tiny_flux(
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=.5, max_shift=1.15, shift=3.)
     return FluxPipeline(scheduler, vae, clip, word_tokenizer(words, max_length), t5, word_tokenizer(words, max_length), denoiser)
 
-# %% ../nbs/08_flux.ipynb #0e6dc246
+# %% ../nbs/08_flux.ipynb #8567e1b0
 def flux_velocity(
     pipe,       # FluxPipeline
     latents,    # [B, C, h, w] noisy latents

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['BLOCK', 'in_two', 'weighted_sum', 'History', 'history_bytes']
 
-# %% ../nbs/06_history.ipynb #ca9adeb6
+# %% ../nbs/06_history.ipynb #63a38b76
 import math
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-# %% ../nbs/06_history.ipynb #3d61cbad
+# %% ../nbs/06_history.ipynb #9db73725
 BLOCK = 2048    # elements of a block of the table
 
 def in_two(
@@ -40,7 +40,7 @@ def weighted_sum(
     total = F.embedding_bag(bags, features.view(K*n_blocks, block), mode='sum', per_sample_weights=parts.expand(n_blocks, -1).contiguous())
     return total.view(features.shape[1:])
 
-# %% ../nbs/06_history.ipynb #d6724b28
+# %% ../nbs/06_history.ipynb #b5297e85
 class History:
     "The features of one run and one context that later steps of its plan will read"
     def __init__(self,
@@ -76,7 +76,7 @@ class History:
     @property
     def nbytes(self): return 0 if self.buffer is None else self.buffer.nbytes
 
-# %% ../nbs/06_history.ipynb #8c80665a
+# %% ../nbs/06_history.ipynb #fdb58975
 def history_bytes(
     plan,        # Plan
     n_features,  # elements of one feature, batch included

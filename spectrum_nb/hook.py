@@ -7,7 +7,7 @@ __all__ = ['BODIES', 'HEADS', 'DENOISERS', 'Anatomy', 'find_anatomy', 'check_ana
            'CallClock', 'RunStats', 'is_finite', 'Run', 'signature_of', 'SpectrumHook', 'beneath_offloading',
            'SpectrumHandle', 'apply_spectrum', 'unwrapped']
 
-# %% ../nbs/07_hook.ipynb #8f6617d1
+# %% ../nbs/07_hook.ipynb #dee3819a
 import inspect, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from torch import nn
 from .history import History
 from .plan import Plan, SpectrumConfig, check_number, make_plan
 
-# %% ../nbs/07_hook.ipynb #697a9825
+# %% ../nbs/07_hook.ipynb #75e84fe0
 @dataclass(frozen=True)
 class Anatomy:
     "Where a denoiser keeps its blocks and its head"
@@ -49,7 +49,7 @@ def check_anatomy(denoiser, anatomy):
         raise ValueError(f'{type(denoiser).__name__} has no module {missing or "in an empty body"}; its modules are {[n for n, _ in denoiser.named_children()]}')
     return anatomy
 
-# %% ../nbs/07_hook.ipynb #659f9cb5
+# %% ../nbs/07_hook.ipynb #3164a853
 @contextmanager
 def without(
     module,  # nn.Module
@@ -77,7 +77,7 @@ def head_hook(
     try: yield
     finally: handle.remove()
 
-# %% ../nbs/07_hook.ipynb #0d6eecb3
+# %% ../nbs/07_hook.ipynb #c540d945
 class PipelineClock:
     "Run, length and step as a pipeline and its scheduler tell them"
     def __init__(self, pipe): self.pipe = pipe
@@ -98,7 +98,7 @@ class CallClock:
     def __init__(self, n_steps): self.n_steps, self.run, self.step = n_steps, object(), None
     def reset(self): self.run = object()
 
-# %% ../nbs/07_hook.ipynb #e5248784
+# %% ../nbs/07_hook.ipynb #ad241c96
 @dataclass(frozen=True)
 class RunStats:
     "What one finished run did in one context"
@@ -147,7 +147,7 @@ class Run:
         self.done, self.history = True, None
         return RunStats(self.context, self.n_steps, self.passes, self.fallbacks, {i: e.item() for i, e in self.errors.items()})
 
-# %% ../nbs/07_hook.ipynb #34b27376
+# %% ../nbs/07_hook.ipynb #f731220e
 def signature_of(value):
     "Shape, dtype and device of a tensor, or of the tensors in a list: what must not change within a run"
     if isinstance(value, (list, tuple)): return tuple(map(signature_of, value))
@@ -216,7 +216,7 @@ class SpectrumHook(ModelHook):
         if run.step == run.n_steps: self.stats.append(run.finish())
         return out
 
-# %% ../nbs/07_hook.ipynb #6f67d64d
+# %% ../nbs/07_hook.ipynb #469c4eaf
 DENOISERS = ('transformer', 'transformer_2', 'unet')    # the names under which pipelines hold them
 
 @contextmanager
@@ -281,7 +281,7 @@ class SpectrumHandle:
     def __exit__(self, *_): self.remove()
     def __repr__(self): return f'<Spectrum {self.config} on {[type(d).__name__ for d, *_ in self._hooked] or "nothing (removed)"}, {len(self.stats)} finished runs>'
 
-# %% ../nbs/07_hook.ipynb #8ae7d03c
+# %% ../nbs/07_hook.ipynb #322e2ec2
 def apply_spectrum(
     target,            # a diffusers pipeline (all its denoisers), or a bare denoiser
     config=None,       # SpectrumConfig, planned anew for each run's length, or a Plan; by default `SpectrumConfig()`
@@ -317,4 +317,6 @@ def apply_spectrum(
         raise
     return handle
 
-def unwrapped(module): return getattr(module, '_orig_mod', module)
+def unwrapped(module):
+    "The module that `torch.compile` wrapped, or the module itself"
+    return getattr(module, '_orig_mod', module)

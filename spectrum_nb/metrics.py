@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['as_array', 'psnr', 'ssim', 'relative_l2', 'paired', 'quality']
 
-# %% ../nbs/22_metrics.ipynb #d88a9266
+# %% ../nbs/22_metrics.ipynb #01f913d9
 import numpy as np
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from .shapes import caption_agreement
 
-# %% ../nbs/22_metrics.ipynb #9b862174
+# %% ../nbs/22_metrics.ipynb #4310552f
 def as_array(image):
     "[height, width, 3] float64 in [0, 1] of a PIL image, an array in [0, 1] or one of bytes"
     a = np.asarray(image)
@@ -47,7 +47,7 @@ def paired(a, b):
     if a.shape != b.shape: raise ValueError(f'cannot compare pictures of shapes {a.shape} and {b.shape}: make them of one size first')
     return a, b
 
-# %% ../nbs/22_metrics.ipynb #ceafd1c6
+# %% ../nbs/22_metrics.ipynb #efda989e
 def quality(
     images,         # pictures
     references,     # as many pictures, the full run's of the same prompts and seeds

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SpectrumConfig', 'check_number', 'Plan', 'plan_from', 'make_plan', 'taylor_plan', 'reuse_plan']
 
-# %% ../nbs/05_plan.ipynb #3cfd5aa0
+# %% ../nbs/05_plan.ipynb #ca889a16
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +16,7 @@ import numpy as np
 from .forecast import forecast_weights, newton_weights
 from .schedule import window_passes
 
-# %% ../nbs/05_plan.ipynb #3970d6dc
+# %% ../nbs/05_plan.ipynb #9b2dbeba
 @dataclass(frozen=True)
 class SpectrumConfig:
     "Settings of Spectrum; a `ValueError` (wrong value) or `TypeError` (wrong kind) names what cannot work"
@@ -41,7 +41,7 @@ def check_number(name, value, low, kind=Real, high=None):
     if isinstance(value, bool) or not isinstance(value, kind): raise TypeError(f'{name} must be {want}, not {value!r}')
     if not (math.isfinite(value) and value >= low and (high is None or value <= high)): raise ValueError(f'{name} must be {want}, not {value!r}')
 
-# %% ../nbs/05_plan.ipynb #28762c7a
+# %% ../nbs/05_plan.ipynb #86f89f0a
 @dataclass(frozen=True, eq=False)
 class Plan:
     "Which steps of a run are passes, and the weights that make every other step's feature from them"
@@ -102,7 +102,7 @@ class Plan:
 
     def __repr__(self): return f'Plan({self.name!r}, {len(self.passes)} passes of {self.n_steps} steps: {" ".join(map(str, self.passes))})'
 
-# %% ../nbs/05_plan.ipynb #84bf44b5
+# %% ../nbs/05_plan.ipynb #402d7111
 def plan_from(
     passes,        # ascending steps at which all blocks run
     n_steps:int,   # number of steps of the run

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'PRESETS', 'Preset', 'load_pipeline', 'call_defaults']
 
-# %% ../nbs/23_presets.ipynb #ee3b38e7
+# %% ../nbs/23_presets.ipynb #f0f8a28b
 import os
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-# %% ../nbs/23_presets.ipynb #487045fd
+# %% ../nbs/23_presets.ipynb #e9184e48
 @dataclass(frozen=True)
 class Preset:
     "A model and how it is meant to be called"
@@ -29,7 +29,7 @@ PRESETS = {
     'flux':      Preset('black-forest-labs/FLUX.1-dev', torch.bfloat16, dict(guidance_scale=3.5)),
 }
 
-# %% ../nbs/23_presets.ipynb #4f365f72
+# %% ../nbs/23_presets.ipynb #0168c1f9
 def load_pipeline(
     name:str,           # a preset, a folder with a `model_index.json`, or a hub id 'owner/name'
     device:str=None,    # where it goes; by default the GPU if there is one
@@ -49,7 +49,7 @@ def load_pipeline(
     if type(pipe).__name__.startswith('Flux'): pipe.default_sample_size = pipe.vae.config.sample_size//pipe.vae_scale_factor
     return pipe.to(device)
 
-# %% ../nbs/23_presets.ipynb #f602ee30
+# %% ../nbs/23_presets.ipynb #98aa9697
 def call_defaults(
     pipe,      # a pipeline
     name=None, # the preset it came from, if any

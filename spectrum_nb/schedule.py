@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['window_passes', 'alpha_for_passes']
 
-# %% ../nbs/04_schedule.ipynb #911f3be8
+# %% ../nbs/04_schedule.ipynb #21f647e6
 import math
 
-# %% ../nbs/04_schedule.ipynb #def2726b
+# %% ../nbs/04_schedule.ipynb #6e028dc0
 def window_passes(
     n_steps:int,      # number of steps n of the run
     window:float=2.,  # N, first distance between passes after the warm-up (authors: window_size)
@@ -26,7 +26,7 @@ def window_passes(
         else: forecasts += 1
     return passes
 
-# %% ../nbs/04_schedule.ipynb #02c6682b
+# %% ../nbs/04_schedule.ipynb #0fd8632e
 def alpha_for_passes(
     n_passes:int,     # wanted number of passes
     n_steps:int,      # number of steps of the run

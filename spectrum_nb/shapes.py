@@ -6,7 +6,7 @@
 __all__ = ['COLOURS', 'RADII', 'SHAPES', 'POSITIONS', 'unit_area', 'Scene', 'all_scenes', 'by_caption', 'split_scenes',
            'signed_distance', 'coverage', 'draw', 'nearest_colour', 'read_scene', 'caption_agreement']
 
-# %% ../nbs/20_shapes.ipynb #bb00048c
+# %% ../nbs/20_shapes.ipynb #0de9aec3
 from dataclasses import astuple, dataclass, fields
 from functools import cache
 from itertools import product
@@ -14,7 +14,7 @@ from itertools import product
 import numpy as np
 from scipy import ndimage
 
-# %% ../nbs/20_shapes.ipynb #1a84c8c0
+# %% ../nbs/20_shapes.ipynb #9ac2444d
 COLOURS = dict(red=(.86, .14, .14), green=(.13, .62, .22), blue=(.15, .30, .86), yellow=(.96, .86, .16),
                purple=(.56, .18, .68), orange=(.96, .52, .10), white=(.95, .95, .95), black=(.07, .07, .07))
 RADII = dict(small=8.5, large=14.)               # in 64ths of the side; areas differ by a factor of 2.7
@@ -22,7 +22,7 @@ SHAPES = ('circle', 'square', 'triangle', 'cross')
 POSITIONS = {f'{v} {h}'.strip() or 'centre': (x, y) for v, y in (('top', -1), ('', 0), ('bottom', 1))
              for h, x in (('left', -1), ('', 0), ('right', 1))}    # name: (right, down) in units of a fifth of the side
 
-# %% ../nbs/20_shapes.ipynb #e2c43f04
+# %% ../nbs/20_shapes.ipynb #9826637c
 @dataclass(frozen=True)
 class Scene:
     "What one picture shows: one object on a plain background"
@@ -45,13 +45,15 @@ class Scene:
                                                f"{all_scenes()[0].caption!r} (sizes {list(RADII)}, colours {list(COLOURS)}, "
                                                f"shapes {list(SHAPES)}, positions {list(POSITIONS)})") from None
 
-# %% ../nbs/20_shapes.ipynb #9a0651eb
+# %% ../nbs/20_shapes.ipynb #79c58d9c
 def all_scenes():
     "Every scene, in a fixed order: size × colour × shape × position × another background colour"
     return [Scene(*s) for s in product(RADII, COLOURS, SHAPES, POSITIONS, COLOURS) if s[1] != s[4]]
 
 @cache
-def by_caption(): return {s.caption: s for s in all_scenes()}
+def by_caption():
+    "{caption: Scene} of the whole world"
+    return {s.caption: s for s in all_scenes()}
 
 def split_scenes(
     n_held:int=400,  # scenes that training never sees
@@ -62,7 +64,7 @@ def split_scenes(
     order = np.random.default_rng(seed).permutation(len(scenes))
     return [scenes[i] for i in order[n_held:]], [scenes[i] for i in order[:n_held]]
 
-# %% ../nbs/20_shapes.ipynb #3b9bab9f
+# %% ../nbs/20_shapes.ipynb #d4cecd1b
 def signed_distance(
     shape:str,  # one of `SHAPES`
     x, y,       # [side, side] coordinates from the centre, in radii, y downwards
@@ -80,7 +82,7 @@ def coverage(shape, cx, cy, radius, side):
     y, x = np.mgrid[:side, :side] + .5
     return np.clip(.5 - radius*signed_distance(shape, (x - cx)/radius, (y - cy)/radius), 0, 1)
 
-# %% ../nbs/20_shapes.ipynb #223356f2
+# %% ../nbs/20_shapes.ipynb #f36838e2
 def draw(
     scene:Scene,   # what to draw
     rng,           # numpy Generator: exact place, size, shade and lighting are drawn from it
@@ -96,7 +98,7 @@ def draw(
     light = 1 + strength*(np.cos(angle)*x + np.sin(angle)*y)[..., None]
     return np.clip(mask*shade(scene.colour) + (1 - mask)*shade(scene.background)*light, 0, 1).astype(np.float32)
 
-# %% ../nbs/20_shapes.ipynb #d41513bb
+# %% ../nbs/20_shapes.ipynb #0758a24d
 def nearest_colour(rgb):
     "The name in `COLOURS` nearest to `rgb` [3]"
     return min(COLOURS, key=lambda c: np.sum((np.array(COLOURS[c]) - rgb)**2))
@@ -130,7 +132,7 @@ def read_scene(
 
 unit_area = {s: coverage(s, 50, 50, 30, 100).sum()/900 for s in SHAPES}
 
-# %% ../nbs/20_shapes.ipynb #bffaa7b2
+# %% ../nbs/20_shapes.ipynb #c9f113e8
 def caption_agreement(
     images,    # pictures: [side, side, 3] in [0, 1] each, or PIL images
     captions,  # as many captions

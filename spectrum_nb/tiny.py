@@ -6,7 +6,7 @@
 __all__ = ['fit', 'picture_set', 'batch_at', 'train_vae', 'encode_all', 'noised', 'train_flow', 'distil_guidance',
            'save_pipeline', 'train_tiny_flux']
 
-# %% ../nbs/21_tiny.ipynb #75dfac09
+# %% ../nbs/21_tiny.ipynb #d435b3ed
 import copy, json, math, os, shutil
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from .flux import flux_embeds, flux_velocity, new_tiny_flux
 from .shapes import all_scenes, draw, split_scenes
 
-# %% ../nbs/21_tiny.ipynb #cf31ce9a
+# %% ../nbs/21_tiny.ipynb #ed0a10d6
 def fit(
     name:str,            # what is trained, for the progress bar and the checkpoint
     params,              # list of parameters
@@ -66,7 +66,7 @@ def fit(
     ema.copy_to(params)
     return float(np.mean(losses[-save_every:]))
 
-# %% ../nbs/21_tiny.ipynb #99f30d1f
+# %% ../nbs/21_tiny.ipynb #6d4db614
 def picture_set(
     scenes,       # scenes to draw
     n_each:int,   # pictures of each
@@ -87,7 +87,7 @@ def batch_at(
     rng = torch.Generator().manual_seed(seed*1_000_003 + step)
     return torch.randint(n, (size,), generator=rng), rng
 
-# %% ../nbs/21_tiny.ipynb #ceb7927c
+# %% ../nbs/21_tiny.ipynb #e82f2f38
 def train_vae(
     vae,             # AutoencoderKL, changed in place
     pictures,        # [N, 3, h, w] uint8
@@ -127,7 +127,7 @@ def encode_all(
     z = torch.cat([vae.encode(p.float()/127.5 - 1).latent_dist.mode() for p in tqdm(pictures.split(batch), desc='encoding', leave=False)])
     return (z - vae.config.shift_factor)*vae.config.scaling_factor if scaled else z
 
-# %% ../nbs/21_tiny.ipynb #f45e5760
+# %% ../nbs/21_tiny.ipynb #820dec98
 def noised(
     latents,       # [N, C, h, w] clean latents
     captions,      # their N captions
@@ -165,7 +165,7 @@ def train_flow(
         return F.mse_loss(velocity(pipe, x, sigma, embeds(pipe, texts), ones), v)
     return fit('flow', params, loss_at, n_steps, folder, lr)
 
-# %% ../nbs/21_tiny.ipynb #76551315
+# %% ../nbs/21_tiny.ipynb #0fc8b3d2
 def distil_guidance(
     pipe,             # trained pipeline, its transformer changed in place
     velocity,         # its call, as `flux_velocity`
@@ -194,7 +194,7 @@ def distil_guidance(
         return F.mse_loss(velocity(pipe, x, sigma, text, g), target)
     return fit('guidance', list(pipe.transformer.parameters()), loss_at, n_steps, folder, lr)
 
-# %% ../nbs/21_tiny.ipynb #e8db1f00
+# %% ../nbs/21_tiny.ipynb #eecee02c
 def save_pipeline(
     pipe,    # any diffusers pipeline
     folder,  # where it goes; a pipeline that is there is replaced
@@ -213,7 +213,7 @@ def save_pipeline(
     os.replace(part, folder)
     return folder
 
-# %% ../nbs/21_tiny.ipynb #8eea3c95
+# %% ../nbs/21_tiny.ipynb #14b020cf
 def train_tiny_flux(
     folder,                 # where the trained pipeline is saved
     vae_steps:int=4500,     # steps of the autoencoder
