@@ -27,8 +27,7 @@ WEB_FONT = re.compile(r'''@import\s+(url\(\s*["']?https?:[^)]*\)|"https?:[^"]*"|
 
 def without_numbers(text, names):
     "Links to 03_forecast.ipynb become links to forecast.ipynb, the name that nbdev gives the page"
-    for old, new in names.items(): text = text.replace(old, new)
-    return text
+    return re.sub(r'(\]\()([\w.]+\.ipynb)', lambda link: link[1] + names.get(link[2], link[2]), text)
 
 
 def cited(cells, bibliography):
@@ -58,7 +57,7 @@ def make_pages():
     refresh_quarto_yml()
     proc_nbs(n_workers=0, force=True)
     names = {p.name: re.sub(r'^\d+\w?_', '', p.name) for p in proc.glob('*.ipynb')}
-    config = yaml.safe_load(without_numbers((root/'_quarto.yml').read_text(encoding='utf-8'), names))
+    config = yaml.safe_load(re.sub(r'\w+\.ipynb', lambda m: names.get(m[0], m[0]), (root/'_quarto.yml').read_text(encoding='utf-8')))
     bibliography = parse_file(proc/config.pop('bibliography'))
     for old, new in names.items():
         page = re.sub(r'output-file: [\w.]+\\n', '', (proc/old).read_text(encoding='utf-8'))    # for Quarto alone: here the file has that name

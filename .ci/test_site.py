@@ -1,5 +1,6 @@
 "The built site as a reader meets it: every page opened in a headless Chromium, offline, in light and dark, on a desk and on a phone"
 import functools
+import os
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
+from execnb.nbio import read_nb
 from playwright.sync_api import sync_playwright
 
 root = Path(__file__).parents[1]
@@ -36,6 +38,7 @@ def site():
 def browser(site):
     with sync_playwright() as p:
         path = CHROMIUM or (p.chromium.executable_path if Path(p.chromium.executable_path).exists() else None)
+        if not path and os.environ.get('CI'): pytest.fail('no Chromium in continuous integration')
         if not path: pytest.skip('no Chromium on this machine: install one (apt-get install chromium, or playwright install chromium)')
         browser = p.chromium.launch(executable_path=path, args=['--no-sandbox'])
         yield browser
@@ -69,44 +72,76 @@ def dead(site, href):
     return not target.exists() or bool(url.fragment) and f'id="{unquote(url.fragment)}"' not in target.read_text(encoding='utf-8')
 
 
+# text and its contrast with what is behind it (WCAG 2, transparency included), and boxes that stick out of the page without a way to scroll to them
+LOOK = r"""() => {
+    const numbers = c => c.match(/[\d.]+/g).map(Number)
+    const light = c => c.map(x => x/255).map(x => x <= .03928 ? x/12.92 : ((x + .055)/1.055)**2.4).reduce((s, x, i) => s + x*[.2126, .7152, .0722][i], 0)
+    const over = (top, below) => top.slice(0, 3).map((x, i) => (top[3] ?? 1)*x + (1 - (top[3] ?? 1))*below[i])
+    const behind = e => e ? over(numbers(getComputedStyle(e).backgroundColor), behind(e.parentElement)) : [255, 255, 255]
+    const ratio = e => { const b = behind(e), [x, y] = [light(over(numbers(getComputedStyle(e).color), b)), light(b)].sort((p, q) => q - p); return (x + .05)/(y + .05) }
+    const shown = e => e.checkVisibility({opacityProperty: true, visibilityProperty: true}) && [...(function*() { for (let p = e; p; p = p.parentElement) yield +getComputedStyle(p).opacity })()].reduce((a, b) => a*b) > .5
+    const texts = selector => [...document.querySelectorAll(selector)].filter(e => [...e.childNodes].some(n => n.nodeType == 3 && n.textContent.trim()) && shown(e))
+    const worst = es => es.map(e => [ratio(e), `${e.tagName}: ${e.textContent.trim().slice(0, 40)}`]).sort((a, b) => a[0] - b[0])[0] ?? [21, '']
+    const prose = texts('main p, main td, main li, main h1, main h2, main h3, main mi, main mn, main a, .sidebar a, .navbar a, .navbar-title')
+    const scrolls = e => { for (; e && e.tagName != 'MAIN'; e = e.parentElement) if (/auto|scroll/.test(getComputedStyle(e).overflowX)) return true }
+    return {prose: worst(prose), code: worst(texts('main pre *')), characters: prose.map(e => e.textContent.length).reduce((a, b) => a + b, 0),
+            small: prose.filter(e => parseFloat(getComputedStyle(e).fontSize) < 9).map(e => e.textContent), dark: light(behind(document.body)) < .2, font: getComputedStyle(document.body).fontFamily,
+            outside: [...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > innerWidth + 2 && !scrolls(e) && shown(e)).map(e => e.outerHTML.slice(0, 60))}
+}"""
+
+
+def expected(path):
+    "What the page of a notebook must show: its pictures, its displayed formulas, and a share of its words"
+    nb = read_nb(root/'nbs'/path)
+    said = [''.join(c.source) for c in nb.cells if c.cell_type == 'markdown']
+    pictures = sum('image/png' in o.get('data', {}) for c in nb.cells if c.cell_type == 'code' for o in c.outputs) + sum(len(re.findall(r'!\[', s)) for s in said)
+    return pictures, sum(s.count('$$')//2 for s in said), sum(map(len, said))
+
+
 @pytest.mark.parametrize('name', PAGES)
-def test_page_opens_without_an_error_and_leads_somewhere(site, browser, name):
+def test_page_shows_its_notebook_without_an_error_and_leads_somewhere(site, browser, name):
     tab, wrong = opened(browser, site, name)
     wrong += [f'missing image: {src[:80]}' for src in tab.evaluate('[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src)')]
-    wrong += [f'not rendered: {text}' for text in tab.evaluate(r"""[...document.querySelectorAll('main p, main li, main td, merror')].filter(e =>
-        e.tagName == 'MERROR' || /\$[^$]+\$|\\\(|\\\[|\[@\w|\]\(/.test([...e.childNodes].filter(n => n.nodeType == 3).map(n => n.textContent).join(''))).map(e => e.textContent.slice(0, 80))""")]
-    links = {href for href in tab.evaluate('[...document.links].map(a => a.href)') if href.startswith(site)}
-    wrong += [f'dead link: {href}' for href in sorted(links) if dead(site, href)]
-    assert len(links) >= len(PAGES)                              # the sidebar at least
+    wrong += [f'not rendered: {text}' for text in tab.evaluate(r"""[...document.querySelectorAll('main p, main li, main td, main h1, main h2, main h3, main h4, merror')].filter(e =>
+        e.tagName == 'MERROR' || /\$[^$]+\$|\\\(|\\\[|\[@\w|\]\(|\*\*\S/.test([...e.childNodes].filter(n => n.nodeType == 3).map(n => n.textContent).join(''))).map(e => e.textContent.slice(0, 80))""")]
+    pictures, formulas, words = expected(PAGES[name])
+    shown, drawn = tab.evaluate('[document.querySelectorAll("main img").length, document.querySelectorAll("main math[display=block] *").length && document.querySelectorAll("main math[display=block]").length]')
+    if (shown, drawn) != (pictures, formulas): wrong.append(f'{shown} pictures and {drawn} displayed formulas, the notebook has {pictures} and {formulas}')
+    if 'Traceback (most recent call last)' in tab.inner_text('main'): wrong.append('shows a traceback')
+    links = {href for href in tab.evaluate('[...document.links].map(a => a.href)')}
+    here = {href for href in links if href.startswith(site)}
+    wrong += [f'dead link: {href}' for href in sorted(here) if dead(site, href)]
+    assert len(here) >= len(PAGES)                              # the sidebar at least
+    ours = {m[1] for href in links if (m := re.match(r'https://github.com/spectrum-nb/spectrum_nb/blob/main/([^#]+)', href))}
+    wrong += [f'no such file: {path}' for path in ours if not (root/path).exists()]
     actions = tab.evaluate('Object.fromEntries([...document.querySelectorAll("a.toc-action")].map(a => [a.textContent.trim(), a.href]))')
     path = urlsplit(actions['View source']).path
     assert path == f'/spectrum-nb/spectrum_nb/blob/main/nbs/{PAGES[name]}' and actions['Run in Colab'] == f'https://colab.research.google.com/github{path}'
+    look = tab.evaluate(LOOK)
+    if look['characters'] < .5*words: wrong.append(f'only {look["characters"]} characters of text can be seen, the notebook has {words}')
     tab.set_viewport_size(dict(width=390, height=844))           # a phone
     if (width := tab.evaluate('document.documentElement.scrollWidth')) > 390: wrong.append(f'{width} pixels wide on a phone of 390')
+    wrong += [f'sticks out: {e}' for e in [*look['outside'], *tab.evaluate(LOOK)['outside']]]
     tab.context.close()
     assert not wrong, '\n'.join(wrong)
 
 
-# contrast of every run of text with what is behind it (WCAG 2); the page's background; the font
-LOOK = """() => {
-    const numbers = c => c.match(/[\\d.]+/g).map(Number)
-    const light = c => numbers(c).slice(0, 3).map(x => x/255).map(x => x <= .03928 ? x/12.92 : ((x + .055)/1.055)**2.4).reduce((s, x, i) => s + x*[.2126, .7152, .0722][i], 0)
-    const behind = e => { for (; e; e = e.parentElement) { const b = getComputedStyle(e).backgroundColor; if ((numbers(b)[3] ?? 1) > .9) return b } return 'rgb(255, 255, 255)' }
-    const ratio = e => { const [a, b] = [light(getComputedStyle(e).color), light(behind(e))].sort((x, y) => y - x); return (a + .05)/(b + .05) }
-    const texts = selector => [...document.querySelectorAll(selector)].filter(e => e.checkVisibility() && [...e.childNodes].some(n => n.nodeType == 3 && n.textContent.trim()))
-        .map(e => [ratio(e), e.tagName + ': ' + e.textContent.trim().slice(0, 40)]).sort((a, b) => a[0] - b[0])
-    return {prose: texts('main p, main td, main li, main h1, main h2, main h3, main mi, main mn, main a, .sidebar a')[0], code: texts('main pre *')[0],
-            dark: light(behind(document.body)) < .2, font: getComputedStyle(document.body).fontFamily}
-}"""
-
-
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
-def test_text_can_be_read_in_light_and_dark(site, browser, scheme):
-    tab, wrong = opened(browser, site, 'error_bounds.html', color_scheme=scheme)
+@pytest.mark.parametrize('name', PAGES)
+def test_text_can_be_read_in_light_and_dark(site, browser, name, scheme):
+    tab, wrong = opened(browser, site, name, color_scheme=scheme)
     look = tab.evaluate(LOOK)
     tab.context.close()
-    assert not wrong and look['dark'] == (scheme == 'dark') and 'sans-serif' in look['font'], look
+    assert not wrong and look['dark'] == (scheme == 'dark') and 'sans-serif' in look['font'] and not look['small'], look
     assert look['prose'][0] >= 4.5 and look['code'][0] >= 3, look
+
+
+def test_a_reader_can_change_from_light_to_dark(site, browser):
+    tab, wrong = opened(browser, site, 'index.html', color_scheme='light')
+    tab.locator('.quarto-color-scheme-toggle:visible').first.click()
+    tab.wait_for_timeout(500)
+    assert tab.evaluate(LOOK)['dark'] and not wrong
+    tab.context.close()
 
 
 def test_search_finds_a_page_by_what_it_says(site, browser):
