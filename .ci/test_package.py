@@ -71,7 +71,7 @@ def built(tmp_path_factory):
 
 
 def test_wheel_and_sdist_carry_the_weights(built):
-    needed = {'weights/tiny-flux/model_index.json', 'weights/tiny-flux/transformer/diffusion_pytorch_model.safetensors', 'plan.py'}
+    needed = {'weights/tiny-flux/model_index.json', 'weights/tiny-flux/transformer/diffusion_pytorch_model.safetensors', 'weights/tiny-sd3/model_index.json', 'weights/tiny-sd3/text_encoder_3/model.safetensors', 'plan.py'}
     wheel = zipfile.ZipFile(next(built.glob('*.whl'))).namelist()
     sdist = tarfile.open(next(built.glob('*.tar.gz'))).getnames()
     assert {f'spectrum_nb/{n}' for n in needed} <= set(wheel)

@@ -6,8 +6,8 @@
 __all__ = ['COMMANDS', 'demo_methods', 'run_methods', 'decode', 'summary', 'as_text', 'comparison_figure', 'demo', 'sample',
            'run', 'compare', 'bench', 'train', 'main']
 
-# %% ../nbs/26_cli.ipynb #bbe72ecf
-import json, sys, textwrap
+# %% ../nbs/26_cli.ipynb #6ab85815
+import inspect, json, sys, textwrap
 from numbers import Integral
 from pathlib import Path
 
@@ -224,7 +224,7 @@ def compare(
     print(save_json(dict(a=str(a), b=str(b), **table, samples=dict(scores)), Path(out)/'comparison.json').resolve())
     print(save_figure(comparison_strip(a, b, scores), Path(out)/'comparison.png').resolve())
 
-# %% ../nbs/26_cli.ipynb #5c04500c
+# %% ../nbs/26_cli.ipynb #8fff74c7
 @call_parse
 def bench(
     what:str='forecast',   # `forecast`: one forecast at FLUX's feature size; `loop`: denoising loops of tiny-flux
@@ -245,15 +245,19 @@ def bench(
 @call_parse
 def train(
     out:str,                  # folder of the trained pipeline; an interrupted training goes on from `<out>.work`
-    vae_steps:int=None,       # steps of the autoencoder; by default those of the shipped weights
+    model:str='tiny-flux',    # tiny-flux or tiny-sd3
+    vae_steps:int=None,       # steps of the autoencoder (tiny-flux); by default those of the shipped weights
     flow_steps:int=None,      # steps of the denoiser
-    guidance_steps:int=None,  # steps of the guidance distillation
+    guidance_steps:int=None,  # steps of the guidance distillation (tiny-flux)
     seed:int=0,               # seed of weights, pictures and batches
 ):
-    "Train tiny-flux from nothing, as the shipped weights were"
-    from spectrum_nb.tiny import train_tiny_flux
+    "Train a tiny model as the shipped weights were"
+    from spectrum_nb.tiny import TRAINERS
+    if model not in TRAINERS: raise ValueError(f'no recipe for {model!r}; choose {" or ".join(TRAINERS)}')
     steps = dict(vae_steps=vae_steps, flow_steps=flow_steps, guidance_steps=guidance_steps)
-    _, losses = train_tiny_flux(out, seed=seed, **{k: v for k, v in steps.items() if v is not None})
+    steps = {k: v for k, v in steps.items() if v is not None}
+    if unknown := steps.keys() - inspect.signature(TRAINERS[model]).parameters.keys(): raise ValueError(f'{model} is trained without {", ".join(sorted(unknown))}')
+    _, losses = TRAINERS[model](out, seed=seed, **steps)
     print(f'{losses}\n{Path(out).resolve()}')
 
 # %% ../nbs/26_cli.ipynb #20d29d18

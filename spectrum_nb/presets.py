@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-# %% ../nbs/23_presets.ipynb #e9184e48
+# %% ../nbs/23_presets.ipynb #b7bfdf76
 @dataclass(frozen=True)
 class Preset:
     "A model and how it is meant to be called"
@@ -26,7 +26,9 @@ WEIGHTS = files('spectrum_nb')/'weights'
 
 PRESETS = {
     'tiny-flux': Preset(str(WEIGHTS/'tiny-flux'), torch.float32, dict(guidance_scale=2.5)),
+    'tiny-sd3':  Preset(str(WEIGHTS/'tiny-sd3'), torch.float32, dict(guidance_scale=2.5)),
     'flux':      Preset('black-forest-labs/FLUX.1-dev', torch.bfloat16, dict(guidance_scale=3.5)),
+    'sd3-5':     Preset('stabilityai/stable-diffusion-3.5-large', torch.bfloat16, dict(guidance_scale=7.)),
 }
 
 # %% ../nbs/23_presets.ipynb #0168c1f9
@@ -49,7 +51,7 @@ def load_pipeline(
     if type(pipe).__name__.startswith('Flux'): pipe.default_sample_size = pipe.vae.config.sample_size//pipe.vae_scale_factor
     return pipe.to(device)
 
-# %% ../nbs/23_presets.ipynb #98aa9697
+# %% ../nbs/23_presets.ipynb #f6c4a0bd
 def call_defaults(
     pipe,      # a pipeline
     name=None, # the preset it came from, if any
@@ -59,4 +61,5 @@ def call_defaults(
     if type(pipe).__name__.startswith('Flux'):
         side = pipe.vae.config.sample_size
         call = dict(height=side, width=side, max_sequence_length=pipe.tokenizer_2.model_max_length) | call
+    if type(pipe).__name__.startswith('StableDiffusion3'): call = dict(max_sequence_length=min(256, pipe.tokenizer_3.model_max_length)) | call
     return call
