@@ -166,7 +166,7 @@ def sample(
     for r in ran['runs']: print(f'{len(r["passes"])} passes of {r["n_steps"]} steps' + (f', context {r["context"]}' if r['context'] else '') + (f', mean error of a forecast {np.mean(list(r["errors"].values())):.3f}' if r['errors'] else ''))
     print(f'{ran["seconds"]:.1f} s, {path.resolve()}')
 
-# %% ../nbs/26_cli.ipynb #ef6628b9
+# %% ../nbs/26_cli.ipynb #945275cd
 @call_parse
 def run(
     prompts:str='',          # text file, UTF-8, one prompt a line
@@ -207,8 +207,9 @@ def run(
     made, kept, failed = sample_all(pipe, jobs, folder, settings, steps, config, call, fps, folder/'full' if baseline else None)
     state.wait_for_everyone()
     if not state.is_main_process: return
-    for part in [folder/'full', folder] if baseline else [folder]: print(f'\n{part.resolve()}\n' + '\n'.join(f'  {k:18}{v}' for k, v in summarise(part).items()))
-    if failures := summarise(folder)['failed']: raise RuntimeError(f'{len(failures)} of {len(jobs)} samples failed; their errors are in {folder/"failed"}; the same command tries them again')
+    summaries = {part: summarise(part) for part in ([folder/'full', folder] if baseline else [folder])}
+    for part, said in summaries.items(): print(f'\n{part.resolve()}\n' + '\n'.join(f'  {k:18}{v}' for k, v in said.items()))
+    if failures := summaries[folder]['failed']: raise RuntimeError(f'{len(failures)} of {len(jobs)} samples failed; their errors are in {folder/"failed"}; the same command tries them again')
 
 @call_parse
 def compare(
