@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BODIES', 'HEADS', 'DENOISERS', 'Anatomy', 'find_anatomy', 'check_anatomy', 'without', 'head_hook', 'PipelineClock',
-           'CallClock', 'RunStats', 'is_finite', 'Run', 'signature_of', 'SpectrumHook', 'beneath_offloading',
-           'SpectrumHandle', 'apply_spectrum', 'unwrapped']
+           'CallClock', 'RunStats', 'is_finite', 'narrowest', 'Run', 'signature_of', 'SpectrumHook',
+           'beneath_offloading', 'SpectrumHandle', 'apply_spectrum', 'find_denoisers', 'unwrapped']
 
 # %% ../nbs/07_hook.ipynb #dee3819a
 import inspect, warnings
@@ -77,32 +77,46 @@ def head_hook(
     try: yield
     finally: handle.remove()
 
-# %% ../nbs/07_hook.ipynb #c540d945
+# %% ../nbs/07_hook.ipynb #151fa113
 class PipelineClock:
-    "Run, length and step as a pipeline and its scheduler tell them"
-    def __init__(self, pipe): self.pipe = pipe
+    "Run, length and step of one denoiser, as its pipeline and scheduler tell them"
+    def __init__(self,
+        pipe,      # diffusers pipeline
+        name='',   # attribute that holds the denoiser, where it is one of several
+    ): self.pipe, self.name, self.label, self._share = pipe, name, f'{name}/' if name else '', (None, range(0))
     @property
     def run(self): return self.pipe.scheduler.timesteps
     @property
-    def n_steps(self):
-        begin = getattr(self.pipe.scheduler, 'begin_index', None)       # > 0 in image-to-image
-        return len(self.run) - begin if begin is not None else getattr(self.pipe, 'num_timesteps', None) or len(self.run)
+    def begin(self): return getattr(self.pipe.scheduler, 'begin_index', None)       # > 0 in image-to-image
+    @property
+    def share(self):
+        "The steps of the run at which this denoiser is called: all, or those on its side of the pipeline's boundary"
+        if self._share[0] is not self.run:
+            n = len(self.run) - self.begin if self.begin is not None else getattr(self.pipe, 'num_timesteps', None) or len(self.run)
+            self._share = self.run, range(n)
+            if self.name and (ratio := self.pipe.config.get('boundary_ratio')) is not None:
+                high = int((self.run[-n:] >= ratio*self.pipe.scheduler.config.num_train_timesteps).sum())
+                self._share = self.run, range(high, n) if self.name.endswith('_2') else range(high)
+        return self._share[1]
+    @property
+    def n_steps(self): return len(self.share)
     @property
     def step(self):
         scheduler = self.pipe.scheduler
         if not hasattr(scheduler, 'step_index'): return None
-        return 0 if scheduler.step_index is None else scheduler.step_index - (getattr(scheduler, 'begin_index', None) or 0)
+        return 0 if scheduler.step_index is None else scheduler.step_index - (self.begin or 0) - self.share.start
 
 class CallClock:
     "Run and length of a bare denoiser; its step is the number of its calls"
+    label = ''
     def __init__(self, n_steps): self.n_steps, self.run, self.step = n_steps, object(), None
     def reset(self): self.run = object()
 
-# %% ../nbs/07_hook.ipynb #ad241c96
+# %% ../nbs/07_hook.ipynb #554a747a
 @dataclass(frozen=True)
 class RunStats:
     "What one finished run did in one context"
-    context:str      # name of the context, `''` where the pipeline names none
+    context:str      # name of the context, `''` where the pipeline names none; behind the denoiser's where there are several
     n_steps:int      # steps of the run
     passes:list      # steps at which all blocks ran
     fallbacks:dict   # {step: why it ran in full though the plan had a forecast, or why the history was begun anew}
@@ -115,6 +129,14 @@ def is_finite(x):
     "Whether a tensor has neither infinities nor NaN; one pass over it, no copy"
     return bool(torch.isfinite(torch.stack(torch.aminmax(x.detach()))).all())
 
+def narrowest(
+    feature,    # tensor that a head was given
+    signature,  # of the sample that the denoiser was given
+):              # dtype that holds the feature without loss
+    "The precision of the model, where its head is given a wider copy of what the blocks returned (Wan's is given float32); else the feature's own"
+    dtype = signature[1] if signature and len(signature) == 3 and isinstance(signature[1], torch.dtype) else feature.dtype
+    return dtype if dtype.is_floating_point and dtype.itemsize < feature.dtype.itemsize and torch.equal(feature.to(dtype).to(feature.dtype), feature) else feature.dtype
+
 class Run:
     "One run in one context while it lasts"
     def __init__(self, plan, context, key):
@@ -124,7 +146,7 @@ class Run:
 
     def begin(self, plan, start):
         "Follow `plan` from step `start` on, with an empty history"
-        self.plan, self.start, self.history, self.signature = plan, start, History(plan), None
+        self.plan, self.start, self.history, self.signature, self.dtype = plan, start, History(plan), None, None
 
     def forecast(self, i):
         "The feature of step i, or None if it must be computed; a forecast that cannot be used is noted"
@@ -137,6 +159,8 @@ class Run:
         "Store the feature of a pass, if it is finite; where the plan has a check, measure how well it would have been forecast"
         self.passes.append(i)
         if not is_finite(feature): return False
+        if self.dtype is None: self.dtype = narrowest(feature, self.signature)
+        feature = feature.to(self.dtype)
         norm = lambda x: torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
         if (h := self.history.forecast(self.plan.checks[i - self.start])) is not None: self.errors[i] = norm(h.sub_(feature.detach()))/norm(feature.detach())
         if self.plan.is_pass[i - self.start]: self.history.store(i - self.start, feature)
@@ -147,7 +171,7 @@ class Run:
         self.done, self.history = True, None
         return RunStats(self.context, self.n_steps, self.passes, self.fallbacks, {i: e.item() for i, e in self.errors.items()})
 
-# %% ../nbs/07_hook.ipynb #f731220e
+# %% ../nbs/07_hook.ipynb #e35e9dcf
 def signature_of(value):
     "Shape, dtype and device of a tensor, or of the tensors in a list: what must not change within a run"
     if isinstance(value, (list, tuple)): return tuple(map(signature_of, value))
@@ -188,7 +212,7 @@ class SpectrumHook(ModelHook):
         run = self.runs.get(name)
         if run is None or run.key is not key or run.done or (step is not None and step < run.step):
             self.runs = {n: r for n, r in self.runs.items() if r.key is key}       # what is left of an interrupted run
-            run = self.runs[name] = Run(self.plan_for(self.clock.n_steps), name, key)
+            run = self.runs[name] = Run(self.plan_for(self.clock.n_steps), self.clock.label + name, key)
         return run, run.step if step is None else step
 
     def begin_anew(self, run, i, start, why):
@@ -206,7 +230,7 @@ class SpectrumHook(ModelHook):
         if run.signature not in (None, signature): self.begin_anew(run, i, i, 'the input changed its shape, dtype or device: new history')
         run.signature = signature
         if (h := run.forecast(i)) is not None:
-            with without(module, self.anatomy.body), head_hook(head, lambda _: h): out = forward(*args, **kwargs)
+            with without(module, self.anatomy.body), head_hook(head, lambda given: h.to(given.dtype)): out = forward(*args, **kwargs)
         else:
             seen = []
             with head_hook(head, lambda h: seen.append(h) or h): out = forward(*args, **kwargs)
@@ -281,7 +305,7 @@ class SpectrumHandle:
     def __exit__(self, *_): self.remove()
     def __repr__(self): return f'<Spectrum {self.config} on {[type(d).__name__ for d, *_ in self._hooked] or "nothing (removed)"}, {len(self.stats)} finished runs>'
 
-# %% ../nbs/07_hook.ipynb #322e2ec2
+# %% ../nbs/07_hook.ipynb #b1702c8b
 def apply_spectrum(
     target,            # a diffusers pipeline (all its denoisers), or a bare denoiser
     config=None,       # SpectrumConfig, planned anew for each run's length, or a Plan; by default `SpectrumConfig()`
@@ -298,24 +322,28 @@ def apply_spectrum(
     config = SpectrumConfig() if config is None else config
     if not isinstance(config, (SpectrumConfig, Plan)): raise TypeError(f'apply_spectrum needs a SpectrumConfig or a Plan, not {type(config).__name__}')
     if isinstance(target, DiffusionPipeline):
-        denoisers = [unwrapped(m) for n in DENOISERS if isinstance(m := getattr(target, n, None), nn.Module)]
-        if not denoisers: raise ValueError(f'{type(target).__name__} has no denoiser under {DENOISERS}; apply Spectrum to the module itself')
+        found = find_denoisers(target)
+        if not found: raise ValueError(f'{type(target).__name__} has no denoiser under {DENOISERS}; apply Spectrum to the module itself')
         if n_steps is not None: raise ValueError('n_steps is for a bare denoiser; a pipeline knows its own')
-        clock = lambda: PipelineClock(target)
+        todo = [(m, PipelineClock(target, name if len(found) > 1 else '')) for name, m in found.items()]
     elif isinstance(target, nn.Module):
         if n_steps is None and isinstance(config, Plan): n_steps = config.n_steps
         if n_steps is None: raise ValueError('a bare denoiser does not know how many steps a run has: pass n_steps, or a Plan')
         check_number('n_steps', n_steps, 1, Integral)
-        denoisers, clock = [unwrapped(target)], lambda: CallClock(n_steps)
+        todo = [(unwrapped(target), CallClock(n_steps))]
     else: raise TypeError(f'apply_spectrum needs a diffusers pipeline or a denoiser (nn.Module), not {type(target).__name__}')
     handle = SpectrumHandle(config)
     try:
         if n_steps is not None: handle._plan_for(n_steps)
-        for denoiser in denoisers: handle._add(denoiser, anatomy, clock())
+        for denoiser, clock in todo: handle._add(denoiser, anatomy, clock)
     except BaseException:
         handle.remove()
         raise
     return handle
+
+def find_denoisers(pipe):
+    "{attribute: denoiser} of a pipeline"
+    return {n: unwrapped(m) for n in DENOISERS if isinstance(m := getattr(pipe, n, None), nn.Module)}
 
 def unwrapped(module):
     "The module that `torch.compile` wrapped, or the module itself"

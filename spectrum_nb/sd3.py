@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['new_tiny_sd3', 'sd3_velocity', 'sd3_embeds']
 
-# %% ../nbs/09_sd3.ipynb #d3b07c1a
+# %% ../nbs/09_sd3.ipynb #49b3453d
+import copy
+
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import CLIPTextModelWithProjection
 
-from .flux import start_as_identity, word_tokenizer
+from .flux import small_clip, small_t5, start_as_identity, word_tokenizer
 
-# %% ../nbs/09_sd3.ipynb #31fff5a6
+# %% ../nbs/09_sd3.ipynb #0d9f10d3
 def new_tiny_sd3(
     words,                # vocabulary of the captions
     vae,                  # AutoencoderKL
@@ -25,21 +27,17 @@ def new_tiny_sd3(
 ):                        # StableDiffusion3Pipeline
     "A `StableDiffusion3Pipeline` of the published classes at toy size, with random weights around a given autoencoder"
     torch.manual_seed(seed)
-    tokenizer = lambda: word_tokenizer(words, max_length)
-    text = dict(vocab_size=len(tokenizer()), pad_token_id=0, bos_token_id=1, eos_token_id=3)
-    half = text_width//2
-    clip = lambda: CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=half, intermediate_size=4*half, num_hidden_layers=2, num_attention_heads=2,
-                                                              max_position_embeddings=max_length, projection_dim=half, **text))
-    clips = clip(), clip()
-    t5 = T5EncoderModel(T5Config(d_model=text_width, d_ff=4*text_width, d_kv=text_width//4, num_layers=2, num_heads=4, dropout_rate=0., decoder_start_token_id=0, **text))
+    tokenizer = word_tokenizer(words, max_length)
+    clips = [small_clip(tokenizer, text_width//2, kind=CLIPTextModelWithProjection) for _ in range(2)]
+    t5 = small_t5(tokenizer, text_width)
     latent, head_dim = side//2**(len(vae.config.block_out_channels) - 1), 32
     denoiser = SD3Transformer2DModel(sample_size=latent, patch_size=2, in_channels=vae.config.latent_channels, out_channels=vae.config.latent_channels,
                                      num_layers=n_blocks, attention_head_dim=head_dim, num_attention_heads=width//head_dim, joint_attention_dim=text_width,
                                      caption_projection_dim=width, pooled_projection_dim=text_width, pos_embed_max_size=latent//2, qk_norm='rms_norm')
     start_as_identity(denoiser)
-    return StableDiffusion3Pipeline(denoiser, FlowMatchEulerDiscreteScheduler(shift=3.), vae, clips[0], tokenizer(), clips[1], tokenizer(), t5, tokenizer())
+    return StableDiffusion3Pipeline(denoiser, FlowMatchEulerDiscreteScheduler(shift=3.), vae, clips[0], tokenizer, clips[1], copy.deepcopy(tokenizer), t5, copy.deepcopy(tokenizer))
 
-# %% ../nbs/09_sd3.ipynb #6cc10bb9
+# %% ../nbs/09_sd3.ipynb #aba29066
 def sd3_velocity(
     pipe,       # StableDiffusion3Pipeline
     latents,    # [B, C, h, w] noisy latents
