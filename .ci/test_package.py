@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from spectrum_nb.cli import main
+from spectrum_nb.runs import load_sample
 
 root = Path(__file__).parents[1]
 
@@ -28,6 +29,15 @@ def test_sample_writes_a_picture_and_its_statistics(tmp_path):
     notes = json.loads((tmp_path/'sub/picture.json').read_text())
     assert notes['runs'][0]['passes'] == [0, 1, 2, 3, 4, 6, 11, 19, 30, 44] and notes['config']['alpha'] == 3
     assert sorted(p.name for p in (tmp_path/'sub').iterdir()) == ['picture.json', 'picture.png']
+
+
+@pytest.mark.parametrize('model, contexts', [('tiny-hunyuan', ['cond']), ('tiny-wan', ['cond', 'uncond'])])
+def test_sample_writes_a_clip_its_poster_and_its_statistics(model, contexts, tmp_path):
+    done = spectrum_nb('sample', '--prompt', 'a red circle moving left to right on a blue background', '--model', model, '--steps', 12, '--out', 'clip', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['clip.json', 'clip.mp4', 'clip.png']
+    assert [r['context'] for r in json.loads((tmp_path/'clip.json').read_text())['runs']] == contexts
+    assert load_sample(tmp_path/'clip.mp4').shape == (9, 32, 32, 3)
 
 
 def test_a_folder_samples_like_the_preset_it_was_copied_from(tmp_path):
@@ -52,7 +62,7 @@ def test_a_folder_samples_like_the_preset_it_was_copied_from(tmp_path):
     (['sample', '--prompt', 'x', '--lam', '0', '--warmup', '3'], 'lam=0'),
     (['sample', '--prompt', 'x', '--blend', '1.5'], 'blend must be'),
     (['draw'], "no command 'draw'"),
-    (['bench', '--what', 'nothing'], 'choose forecast or loop'),
+    (['bench', '--what', 'nothing'], 'choose forecast, loop or quality'),
 ])
 def test_bad_input_is_answered_in_words_and_writes_nothing(args, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -71,7 +81,8 @@ def built(tmp_path_factory):
 
 
 def test_wheel_and_sdist_carry_the_weights(built):
-    needed = {'weights/tiny-flux/model_index.json', 'weights/tiny-flux/transformer/diffusion_pytorch_model.safetensors', 'weights/tiny-sd3/model_index.json', 'weights/tiny-sd3/text_encoder_3/model.safetensors', 'plan.py'}
+    needed = {'weights/tiny-flux/model_index.json', 'weights/tiny-flux/transformer/diffusion_pytorch_model.safetensors', 'weights/tiny-sd3/model_index.json', 'weights/tiny-sd3/text_encoder_3/model.safetensors', 'weights/tiny-sdxl/unet/diffusion_pytorch_model.safetensors',
+              'weights/tiny-hunyuan/vae/diffusion_pytorch_model.safetensors', 'weights/tiny-wan/transformer/diffusion_pytorch_model.safetensors', 'plan.py'}
     wheel = zipfile.ZipFile(next(built.glob('*.whl'))).namelist()
     sdist = tarfile.open(next(built.glob('*.tar.gz'))).getnames()
     assert {f'spectrum_nb/{n}' for n in needed} <= set(wheel)

@@ -112,7 +112,7 @@ def forecast_bench(
     return dict(rows=rows, speedup=cases['textbook']['seconds']/cases['ours']['seconds'], over_read=cases['ours']['seconds']/cases['read']['seconds'],
                 provenance=dict(feature=f'{tokens}×{width} {str(dtype)[6:]}', passes=14, command='spectrum-nb bench --what forecast --out forecast_cost.json') | provenance(device))
 
-# %% ../nbs/24_bench.ipynb #b7c3b9da
+# %% ../nbs/24_bench.ipynb #d1bb2f6d
 def loop_seconds(
     pipe,        # pipeline
     prompts,     # list of prompts, one batch
@@ -129,7 +129,9 @@ def loop_seconds(
         ends.append(now())
         if tick: tick()
         return kwargs
-    watch = [d.register_forward_pre_hook(lambda *_: starts or starts.append(now())) for d in find_denoisers(pipe).values()]
+    def begin(*_):
+        if not starts: starts.append(now())
+    watch = [d.register_forward_pre_hook(begin) for d in find_denoisers(pipe).values()]
     try:
         with apply_spectrum(pipe, config) if config else nullcontext() as run:
             out = pipe(list(prompts), num_inference_steps=n_steps, generator=[torch.Generator().manual_seed(int(s)) for s in seeds], output_type=output_type, callback_on_step_end=at_step, **call)

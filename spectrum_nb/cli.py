@@ -155,7 +155,7 @@ def compare(
     print(save_json(dict(a=str(a), b=str(b), **table, samples=dict(scores)), Path(out)/'comparison.json').resolve())
     print(save_figure(comparison_strip(a, b, scores), Path(out)/'comparison.png').resolve())
 
-# %% ../nbs/27_cli.ipynb #8e9e6dbb
+# %% ../nbs/27_cli.ipynb #f36c0192
 @call_parse
 def bench(
     what:str='forecast',   # `forecast`: one forecast at FLUX's feature size; `loop`: denoising loops; `quality`: against the rivals; the last two on the tiny models
@@ -178,14 +178,15 @@ def bench(
 def train(
     out:str,                  # folder of the trained pipeline; an interrupted training goes on from `<out>.work`
     model:str='tiny-flux',    # tiny-flux, tiny-sd3, tiny-sdxl, tiny-hunyuan or tiny-wan
-    vae_steps:int=None,       # steps of the autoencoder; by default those of the shipped weights
+    stills_steps:int=None,    # steps of the autoencoder on single frames (tiny-wan); here and below, by default those of the shipped weights
+    vae_steps:int=None,       # steps of the autoencoder (all but tiny-sd3 and tiny-sdxl)
     denoiser_steps:int=None,  # steps of the denoiser and the text encoders
     guidance_steps:int=None,  # steps of the guidance distillation (tiny-flux, tiny-hunyuan)
     seed:int=0,               # seed of weights, samples and batches
 ):
     "Train a tiny model as the shipped weights were"
     from spectrum_nb.tiny import train_tiny
-    steps = dict(vae=vae_steps, denoiser=denoiser_steps, guidance=guidance_steps)
+    steps = dict(stills=stills_steps, vae=vae_steps, denoiser=denoiser_steps, guidance=guidance_steps)
     _, losses = train_tiny(model, out, {k: v for k, v in steps.items() if v is not None}, seed=seed)
     print(f'{losses}\n{Path(out).resolve()}')
 

@@ -100,7 +100,7 @@ def as_text(
                       + (f'{100*r["agreement"]["all"]:12.0f} %' if 'agreement' in r else ''))
     return '\n'.join([head, *map(line, rows)])
 
-# %% ../nbs/25_rivals.ipynb #4253d882
+# %% ../nbs/25_rivals.ipynb #c52d8360
 @in_style
 def comparison_figure(
     results,    # from `run_methods`
@@ -111,7 +111,7 @@ def comparison_figure(
     "The first prompts as columns, the methods as rows, PSNR under each picture; of a clip, the frame in its middle"
     n = min(n, len(captions))
     results = [r | dict(samples=[still(s) for s in r['samples'][:n]]) for r in results]
-    fig, axs = new_figure(n, height=1.02*len(results) + .6, n_rows=len(results), squeeze=False)
+    fig, axs = new_figure(n, height=.95*len(results) + .6, n_rows=len(results), squeeze=False)
     for row, r in zip(axs, results):
         for k, ax in enumerate(row):
             ax.imshow(r['samples'][k], interpolation='nearest'); ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
