@@ -6,8 +6,8 @@
 __all__ = ['LARGER', 'LOOPS', 'provenance', 'finite', 'save_json', 'now', 'timed', 'textbook_forecast', 'forecast_case', 'alone',
            'forecast_bench', 'loop_seconds', 'loop_bench', 'loops_bench', 'step_split']
 
-# %% ../nbs/24_bench.ipynb #e3a6437e
-import json, math, multiprocessing, platform, resource, time
+# %% ../nbs/24_bench.ipynb #cfe8bb4a
+import inspect, json, math, multiprocessing, platform, resource, time
 from contextlib import nullcontext
 from pathlib import Path
 from queue import Empty
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from .figures import whole_file
 from .chebyshev import rescaled_time
 from .history import weighted_sum
-from .hook import Run, apply_spectrum, find_anatomy, find_denoisers, without
+from .hook import Run, apply_spectrum, find_anatomy, find_denoisers, passes_of, without
 from .plan import SpectrumConfig, make_plan
 from .presets import TINY, call_defaults, held_captions, load_pipeline
 
@@ -112,7 +112,7 @@ def forecast_bench(
     return dict(rows=rows, speedup=cases['textbook']['seconds']/cases['ours']['seconds'], over_read=cases['ours']['seconds']/cases['read']['seconds'],
                 provenance=dict(feature=f'{tokens}×{width} {str(dtype)[6:]}', passes=14, command='spectrum-nb bench --what forecast --out forecast_cost.json') | provenance(device))
 
-# %% ../nbs/24_bench.ipynb #d1bb2f6d
+# %% ../nbs/24_bench.ipynb #77388001
 def loop_seconds(
     pipe,        # pipeline
     prompts,     # list of prompts, one batch
@@ -124,6 +124,7 @@ def loop_seconds(
     output_type='np',
 ):               # (seconds from the denoiser's first call to the end of the last step, statistics, samples)
     "Time the denoising loop of one call: prompts are embedded before the clock starts, samples decoded after it stops"
+    if 'callback_on_step_end' not in inspect.signature(pipe.__call__).parameters: raise ValueError(f'{type(pipe).__name__} cannot be timed: its call takes no callback_on_step_end, so its loop cannot be told from what follows')
     starts, ends = [], []
     def at_step(pipe, i, t, kwargs):
         ends.append(now())
@@ -153,7 +154,7 @@ def loop_bench(
     for _ in tqdm(range(rounds), desc=f'{type(pipe).__name__}, batch {len(prompts)}'):
         for name, config in configs.items():
             s, stats, _ = run(n_steps, config)
-            seconds[name].append(s); passes[name] = stats[0].n_passes if stats else n_steps
+            seconds[name].append(s); passes[name] = len(next(iter(passes_of(stats).values()))) if stats else n_steps
     for name in configs:
         efficiency = lambda speedup: round(float(speedup*passes[name]/n_steps), 3)
         best = min(seconds['full'])/min(seconds[name])

@@ -6,8 +6,8 @@
 __all__ = ['COMMANDS', 'demo', 'sample', 'check_sizes', 'with_sizes', 'frames_a_second', 'run', 'compare', 'bench', 'train',
            'main']
 
-# %% ../nbs/27_cli.ipynb #ad204dae
-import json, sys
+# %% ../nbs/27_cli.ipynb #1ceb5f7d
+import inspect, json, sys
 from numbers import Integral
 from pathlib import Path
 
@@ -22,10 +22,10 @@ from .presets import TINY, call_defaults, find_preset, held_captions, load_pipel
 from .rivals import all_methods, as_text, comparison_figure, quality_bench, run_methods, summary
 from .runs import all_jobs, compare_folders, comparison_strip, make_sample, read_prompts, sample_all, save_sample, summarise
 
-# %% ../nbs/27_cli.ipynb #2eb9fed0
+# %% ../nbs/27_cli.ipynb #a1672d58
 @call_parse
 def demo(
-    model:str='tiny-flux',   # one of the tiny models: tiny-flux, tiny-sd3, tiny-sdxl, tiny-hunyuan, tiny-wan
+    model:str='tiny-flux',   # tiny-flux, tiny-sd3, tiny-sdxl, tiny-hunyuan, tiny-wan, or the folder of one that you trained
     prompts:int=16,          # number of held-out captions
     seeds:int=2,             # seeds for each of them
     steps:int=50,            # steps of the full run
@@ -34,7 +34,8 @@ def demo(
 ):
     "Full run, Spectrum at α = 0.75 and α = 3, and plainly fewer steps: same prompts, same seeds, side by side"
     for name, value in (('prompts', prompts), ('seeds', seeds), ('steps', steps)): check_number(name, value, 1, Integral)
-    if model not in TINY: raise ValueError(f'the demo draws captions of the tiny models\' world; choose one of {", ".join(TINY)}, or draw your own prompts with sample or run')
+    if not (preset := find_preset(model)) or not (Path(preset.source)/'training.json').is_file():
+        raise ValueError(f'the demo draws captions of the tiny models\' world; choose one of {", ".join(TINY)} or the folder of one that you trained; draw your own prompts with sample or run')
     pipe = load_pipeline(model)
     call = call_defaults(pipe, model)
     captions = held_captions(call, prompts)*seeds
@@ -96,7 +97,7 @@ def frames_a_second(model):
     "Of a preset; 16 for another model"
     return (preset := find_preset(model)) and preset.fps or 16
 
-# %% ../nbs/27_cli.ipynb #75a7d0d9
+# %% ../nbs/27_cli.ipynb #67d15f91
 @call_parse
 def run(
     prompts:str='',          # text file, UTF-8, one prompt a line
@@ -131,8 +132,8 @@ def run(
     jobs, state = all_jobs(read_prompts(prompts, limit), range(seed, seed + seeds)), PartialState()
     pipe = load_pipeline(model, device or str(state.device))
     call, fps = with_sizes(call_defaults(pipe, model), guidance, height, width, frames), fps or frames_a_second(model)
-    settings = dict(model=model, steps=steps, config=vars(config), call=call)
-    if baseline: sample_all(pipe, jobs, folder/'full', settings | dict(config=None), steps, call=call, fps=fps)
+    settings = dict(model=model, steps=steps, config=vars(config), call=call) | (dict(fps=fps) if 'num_frames' in inspect.signature(pipe.__call__).parameters else {})
+    if baseline: sample_all(pipe, jobs, folder/'full', settings | dict(config=None), steps, call=call, fps=fps, exact=True)
     state.wait_for_everyone()
     made, kept, failed = sample_all(pipe, jobs, folder, settings, steps, config, call, fps, folder/'full' if baseline else None)
     state.wait_for_everyone()
@@ -155,7 +156,7 @@ def compare(
     print(save_json(dict(a=str(a), b=str(b), **table, samples=dict(scores)), Path(out)/'comparison.json').resolve())
     print(save_figure(comparison_strip(a, b, scores), Path(out)/'comparison.png').resolve())
 
-# %% ../nbs/27_cli.ipynb #f36c0192
+# %% ../nbs/27_cli.ipynb #59d3a40d
 @call_parse
 def bench(
     what:str='forecast',   # `forecast`: one forecast at FLUX's feature size; `loop`: denoising loops; `quality`: against the rivals; the last two on the tiny models
@@ -169,7 +170,12 @@ def bench(
     where = lambda **settings: dict(provenance=settings | dict(command=f'spectrum-nb bench --what {what} --out {Path(out).name}') | provenance(device))
     if what == 'forecast': result = forecast_bench(device=device)
     elif what == 'loop': result = loops_bench(rounds, device) | where(steps=50, rounds=rounds)
-    elif what == 'quality': result = dict(tables=quality_bench(TINY, prompts, device=device)) | where(steps=50, prompts=f'{prompts} held-out captions, one batch', seeds=f'2000 to {1999 + prompts}', guidance=2.5)
+    elif what == 'quality':
+        result = dict(tables={}, prompts=prompts) | where(steps=50, prompts=f'{prompts} held-out captions, one batch', seeds=f'2000 to {1999 + prompts}', guidance={m: find_preset(m).call['guidance_scale'] for m in TINY})
+        for model in TINY:
+            result['tables'][model] = quality_bench(model, prompts, device=device)
+            print(f'\n{model}\n{as_text(result["tables"][model])}')
+            save_json(result, out)          # what is done is kept, should the rest be interrupted
     else: raise ValueError(f'nothing to measure called {what!r}; choose forecast, loop or quality')
     if what != 'quality': print(json.dumps(result, indent=1, ensure_ascii=False))
     print(save_json(result, out).resolve())

@@ -19,7 +19,7 @@ from .clips import split_clips
 from .hunyuan_video import CAPTION_ONLY
 from .shapes import split_scenes
 
-# %% ../nbs/23_presets.ipynb #83889a93
+# %% ../nbs/23_presets.ipynb #98a55cbb
 @dataclass(frozen=True)
 class Preset:
     "A model and how it is meant to be loaded and called"
@@ -29,6 +29,7 @@ class Preset:
     scheduler:dict=field(default_factory=dict) # settings of the scheduler that differ from the checkpoint's
     variant:str=None           # of the files, where they are published in several precisions
     fps:int=None               # frames a second of its clips
+    tiles:bool=False           # whether its VAE decodes in tiles, for want of memory at this size
 
 WEIGHTS = files('spectrum_nb')/'weights'
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
@@ -43,41 +44,43 @@ PRESETS = {
     'flux':         Preset('black-forest-labs/FLUX.1-dev', bf16, dict(height=1024, width=1024, guidance_scale=3.5, max_sequence_length=512)),
     'sd3-5':        Preset('stabilityai/stable-diffusion-3.5-large', bf16, dict(height=1024, width=1024, guidance_scale=7., max_sequence_length=256)),
     'sdxl':         Preset('stabilityai/stable-diffusion-xl-base-1.0', fp16, dict(height=1024, width=1024, guidance_scale=5.), variant='fp16'),
-    'hunyuan':      Preset('hunyuanvideo-community/HunyuanVideo', bf16, dict(height=544, width=960, num_frames=61, guidance_scale=6.), fps=24),
-    'hunyuan-720p': Preset('hunyuanvideo-community/HunyuanVideo', bf16, dict(height=720, width=1280, num_frames=129, guidance_scale=6.), fps=24),
+    'hunyuan':      Preset('hunyuanvideo-community/HunyuanVideo', bf16, dict(height=544, width=960, num_frames=61, guidance_scale=6.), fps=24, tiles=True),
+    'hunyuan-720p': Preset('hunyuanvideo-community/HunyuanVideo', bf16, dict(height=720, width=1280, num_frames=129, guidance_scale=6.), fps=24, tiles=True),
     'wan14b':       Preset('Wan-AI/Wan2.1-T2V-14B-Diffusers', dict(default=bf16, vae=fp32), dict(height=480, width=832, num_frames=81, guidance_scale=5.), dict(flow_shift=3.), fps=16),
     'wan14b-720p':  Preset('Wan-AI/Wan2.1-T2V-14B-Diffusers', dict(default=bf16, vae=fp32), dict(height=720, width=1280, num_frames=81, guidance_scale=5.), dict(flow_shift=5.), fps=16),
 }
 
 TINY = tuple(name for name in PRESETS if name.startswith('tiny'))
 
-# %% ../nbs/23_presets.ipynb #7700cfe5
+# %% ../nbs/23_presets.ipynb #dccd7463
 def load_pipeline(
     name,               # a preset or its name, a folder with a `model_index.json`, or a hub id 'owner/name'
     device:str=None,    # where it goes; by default the GPU if there is one
-    dtype:torch.dtype=None,  # of the weights; by default the preset's, else float32 on a CPU and bfloat16 on a GPU
+    dtype:torch.dtype=None,  # of the weights; by default the preset's (float32 for float16 on a CPU, which cannot run it), else float32 on a CPU and bfloat16 on a GPU
     offline:bool=False, # look for a hub id among what has been downloaded only
 ):                      # diffusers pipeline
     "Load a pipeline by `DiffusionPipeline.from_pretrained`; a `ValueError` says what was looked for and where"
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     preset = find_preset(name) or Preset(os.path.expanduser(str(name)), fp32 if str(device) == 'cpu' else bf16)
-    source = preset.source
+    source, dtype = preset.source, dtype or (fp32 if preset.dtype == fp16 and str(device) == 'cpu' else preset.dtype)
     folder = bool(source) and Path(source).is_dir()
     if folder and not (Path(source)/'model_index.json').exists(): raise ValueError(f'{source!r} is not a pipeline: it holds no model_index.json')
     if not folder and (source.count('/') != 1 or source[0] in './'):
         raise ValueError(f'no model {name!r}: it is neither a preset ({", ".join(PRESETS)}), nor a folder here, nor a hub id of the form owner/name')
-    try: pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype or preset.dtype, variant=preset.variant, local_files_only=folder or offline)
+    try: pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, variant=preset.variant, local_files_only=folder or offline)
     except Exception as e: raise ValueError(f'{source!r} could not be loaded{"" if folder else " from the hub, and there is no such folder here"}: {type(e).__name__}: {e}') from e
     if preset.scheduler: pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **preset.scheduler)
+    if preset.tiles: pipe.vae.enable_tiling()
     if type(pipe).__name__.startswith('Flux'): pipe.default_sample_size = pipe.vae.config.sample_size//pipe.vae_scale_factor
     return pipe.to(device)
 
 def find_preset(
-    name,  # a preset, its name, or the folder of a tiny pipeline that was trained here
+    name,  # a preset, its name, its hub id, or the folder of a tiny pipeline that was trained here
 ):         # Preset, or None for another model
     "The preset that `name` means; a folder with our `training.json` is called like the preset that it was trained as"
     if isinstance(name, Preset): return name
     if name in PRESETS: return PRESETS[name]
+    if named := [p for p in PRESETS.values() if p.source == name]: return named[0]
     notes = Path(str(name)).expanduser()/'training.json'
     trained_as = json.loads(notes.read_text(encoding='utf-8')).get('model') if notes.is_file() else None
     return replace(PRESETS[trained_as], source=str(notes.parent)) if trained_as in PRESETS else None

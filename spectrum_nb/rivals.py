@@ -5,35 +5,37 @@
 # %% auto #0
 __all__ = ['second_order', 'Method', 'all_methods', 'run_methods', 'summary', 'as_text', 'comparison_figure', 'quality_bench']
 
-# %% ../nbs/25_rivals.ipynb #150e643c
+# %% ../nbs/25_rivals.ipynb #c37aef1f
 import textwrap
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from tqdm.auto import tqdm
 
 from .bench import loop_seconds
 from .figures import in_style, new_figure
+from .hook import find_denoisers, passes_of
 from .metrics import psnr, quality, still
 from .plan import SpectrumConfig, make_plan
 from .presets import TINY, call_defaults, held_captions, load_pipeline
 
-# %% ../nbs/25_rivals.ipynb #46bd17ce
+# %% ../nbs/25_rivals.ipynb #e6d68c58
 def second_order(
     scheduler,  # a pipeline's scheduler
 ):              # a scheduler of order two for the same flow or diffusion
-    "UniPC, order two, on the noise levels of `scheduler`; UniPC itself is returned as it is"
+    "UniPC with the shift or the noise schedule of `scheduler`; UniPC itself is returned as it is; a `ValueError` for a scheduler of another kind than Euler's"
     if isinstance(scheduler, UniPCMultistepScheduler): return scheduler
     config = dict(scheduler.config)
-    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler): return UniPCMultistepScheduler.from_config(config)
+    if isinstance(scheduler, EulerDiscreteScheduler): return UniPCMultistepScheduler.from_config(config)
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler): raise ValueError(f'no second-order rival is known here for {type(scheduler).__name__}; compare with fewer of its own steps')
     solver = UniPCMultistepScheduler(prediction_type='flow_prediction', use_flow_sigmas=True, flow_shift=config['shift'], use_dynamic_shifting=config['use_dynamic_shifting'])
     solver.register_to_config(**{k: v for k, v in config.items() if k in ('base_shift', 'max_shift', 'base_image_seq_len', 'max_image_seq_len')})  # FLUX's pipeline reads them
     return solver
 
-# %% ../nbs/25_rivals.ipynb #6f612076
+# %% ../nbs/25_rivals.ipynb #aa38d573
 @dataclass(frozen=True)
 class Method:
     "One way to spend passes"
@@ -49,6 +51,7 @@ def all_methods(
     blends=(.5,),   # shares of the Chebyshev forecast
 ):                  # list of Method; the first is the reference
     "The full run; Spectrum; the same sampler with as many steps as Spectrum has passes; a second-order one with as many"
+    if len(find_denoisers(pipe)) > 1: raise ValueError('the passes of two denoisers depend on where one takes over; say yourself how many steps the rivals get, with run_methods')
     own, second = pipe.scheduler, second_order(pipe.scheduler)
     name = lambda a, b: f'Spectrum α = {a:g}' + (f', w = {b:g}' if len(blends) > 1 else '')
     ours = [Method(name(a, b), n_steps, SpectrumConfig(alpha=a, blend=b), own) for a in alphas for b in blends]
@@ -56,7 +59,7 @@ def all_methods(
     fewer = [Method(f'{k} {what}steps', k, None, s) for s, what in (((own, ''), (second, 'UniPC ')) if second is not own else ((own, ''),)) for k in budgets]
     return [Method('full run', n_steps, None, own), *ours, *fewer]
 
-# %% ../nbs/25_rivals.ipynb #d58f343f
+# %% ../nbs/25_rivals.ipynb #0fc714cc
 def run_methods(
     pipe,         # pipeline
     prompts,      # captions
@@ -73,7 +76,7 @@ def run_methods(
         for m in methods:
             pipe.scheduler = m.scheduler
             seconds, stats, samples = loop_seconds(pipe, prompts, seeds, call, m.steps, m.config, bar.update)
-            results.append(dict(name=m.name, steps=m.steps, passes=stats[0].n_passes if stats else m.steps, seconds=seconds, samples=samples))
+            results.append(dict(name=m.name, steps=m.steps, passes=len(next(iter(passes_of(stats).values()))) if stats else m.steps, seconds=seconds, samples=samples))
     finally:
         bar.close(); pipe.scheduler = own; pipe.set_progress_bar_config(**bar_settings)
     return results
@@ -94,8 +97,9 @@ def as_text(
     timed=True, # with the columns that another run of the same command would not repeat
 ):              # str
     "The rows as a table in plain text, with the spread of PSNR over samples"
-    head = f'{"":22}{"passes":>7}' + (f'{"seconds":>9}{"speed-up":>10}{"efficiency":>12}' if timed else '') + f'{"PSNR dB":>15}{"SSIM":>8}{"as captioned":>14}'
-    line = lambda r: (f'{r["name"]:22}{r["passes"]:7}' + (f'{r["seconds"]:9.2f}{r["speedup"]:9.2f}×{r["efficiency"]:12.2f}' if timed else '')
+    width = max(len(r['name']) for r in rows) + 1
+    head = f'{"":{width}}{"passes":>7}' + (f'{"seconds":>9}{"speed-up":>10}{"efficiency":>12}' if timed else '') + f'{"PSNR dB":>15}{"SSIM":>8}{"as captioned":>14}'
+    line = lambda r: (f'{r["name"]:{width}}{r["passes"]:7}' + (f'{r["seconds"]:9.2f}{r["speedup"]:9.2f}×{r["efficiency"]:12.2f}' if timed else '')
                       + (f'{"the same":>15}{"":>8}' if r['psnr'] is None or np.isinf(r['psnr']) else f'{r["psnr"]:8.1f} ± {r["psnr_std"]:4.1f}{r["ssim"]:8.3f}')
                       + (f'{100*r["agreement"]["all"]:12.0f} %' if 'agreement' in r else ''))
     return '\n'.join([head, *map(line, rows)])
@@ -121,19 +125,15 @@ def comparison_figure(
     if title: fig.suptitle(title, x=.01, ha='left', fontsize=9)
     return fig
 
-# %% ../nbs/25_rivals.ipynb #dcdcfa12
+# %% ../nbs/25_rivals.ipynb #cbcddaaf
 def quality_bench(
-    models=TINY,     # presets
+    model:str,       # preset of a tiny model
     n_prompts:int=64,# held-out captions, a seed each
     n_steps:int=50,  # steps of the full run
     device='cpu',
-):                   # {model: rows}
-    "The methods on several models: quality against the full run, caption agreement, seconds"
-    tables = {}
-    for model in models:
-        pipe = load_pipeline(model, device)
-        call = call_defaults(pipe, model)
-        captions = held_captions(call, n_prompts)
-        tables[model] = summary(run_methods(pipe, captions, range(2000, 2000 + n_prompts), call, all_methods(pipe, n_steps, blends=(.5, 1))), captions)
-        print(f'\n{model}\n{as_text(tables[model])}')
-    return tables
+):                   # list of rows
+    "The methods on one model: quality against the full run, caption agreement, seconds"
+    pipe = load_pipeline(model, device)
+    call = call_defaults(pipe, model)
+    captions = held_captions(call, n_prompts)
+    return summary(run_methods(pipe, captions, range(2000, 2000 + n_prompts), call, all_methods(pipe, n_steps, blends=(.5, 1))), captions)

@@ -6,11 +6,12 @@
 __all__ = ['read_prompts', 'Job', 'all_jobs', 'make_sample', 'save_sample', 'load_sample', 'sample_all', 'claim', 'find_sample',
            'finished', 'summarise', 'mean', 'spread', 'contact_sheet', 'compare_folders', 'comparison_strip']
 
-# %% ../nbs/26_runs.ipynb #accb781e
+# %% ../nbs/26_runs.ipynb #279cd374
 import hashlib, json, re, textwrap, traceback, unicodedata
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import imageio
 import imageio.v3 as iio
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,7 +23,7 @@ from tqdm.auto import tqdm
 
 from .bench import finite, now, provenance, save_json
 from .figures import in_style, new_figure, save_figure, whole_file
-from .hook import apply_spectrum
+from .hook import apply_spectrum, passes_of
 from .metrics import as_array, fidelity, still
 
 # %% ../nbs/26_runs.ipynb #eb79d24b
@@ -60,7 +61,7 @@ def all_jobs(
     nth = [prompts[:i].count(p) for i, p in enumerate(prompts)]
     return [Job(p, s, n) for p, n in zip(prompts, nth) for s in seeds]
 
-# %% ../nbs/26_runs.ipynb #96dfddff
+# %% ../nbs/26_runs.ipynb #f0430885
 def make_sample(
     pipe,       # pipeline
     prompt,     # what to draw
@@ -76,29 +77,33 @@ def make_sample(
     finally:
         if handle: handle.remove()
     sample = out.frames[0] if hasattr(out, 'frames') else out.images[0]
-    runs = [asdict(s) for s in handle.stats] if handle else []
-    return np.asarray(sample), dict(seconds=now() - start, passes=[r['passes'] for r in runs] or [list(range(n_steps))], runs=runs)
+    passes = passes_of(handle.stats) if handle else {'': list(range(n_steps))}
+    return np.asarray(sample), dict(seconds=now() - start, passes=passes, runs=[asdict(s) for s in handle.stats] if handle else [])
 
 def save_sample(
     sample,    # picture [h, w, 3] or clip [frames, h, w, 3], float in [0, 1]
     path,      # where it goes, without suffix
     fps:int=16, # frames a second of a clip
+    exact:bool=False, # keep a clip without loss too (FFV1, .mkv), to measure against
 ):             # the file
     "Save a picture as PNG, a clip as MP4 with its first frame as PNG; whole or not at all"
     path = Path(path)
     with whole_file(path.with_name(path.name + '.png')) as part: Image.fromarray((255*(sample if sample.ndim == 3 else sample[0])).round().astype(np.uint8)).save(part)
     if sample.ndim == 3: return path.with_name(path.name + '.png')
+    if exact:
+        with whole_file(path.with_name(path.name + '.mkv')) as part, imageio.get_writer(part, fps=fps, codec='ffv1', pixelformat='bgr0', macro_block_size=1, quality=None) as film:
+            for frame in sample: film.append_data((255*frame).round().astype(np.uint8))
     movie = path.with_name(path.name + '.mp4')
     with whole_file(movie) as part: export_to_video(list(sample), str(part), fps=fps, quality=9, macro_block_size=2)
     return movie
 
 def load_sample(
-    path,  # PNG or MP4
+    path,  # PNG, MP4 or MKV
 ):         # picture or clip as float array in [0, 1]
     "A saved sample; a clip as its frames"
-    return np.stack([as_array(f) for f in iio.imiter(path)]) if Path(path).suffix == '.mp4' else as_array(Image.open(path).convert('RGB'))
+    return np.stack([as_array(f) for f in iio.imiter(path)]) if Path(path).suffix in ('.mp4', '.mkv') else as_array(Image.open(path).convert('RGB'))
 
-# %% ../nbs/26_runs.ipynb #34a1d19d
+# %% ../nbs/26_runs.ipynb #003e3dcc
 def sample_all(
     pipe,             # pipeline
     jobs,             # list of Job
@@ -109,6 +114,7 @@ def sample_all(
     call=None,        # further arguments of the pipeline's call
     fps:int=16,       # of clips
     reference=None,   # folder of the full run of the same jobs, to measure against
+    exact:bool=False, # keep clips without loss too, as a reference needs them
 ):                    # (number made now, number that was there, list of names that failed)
     "Make the samples of this process that are missing in `folder`; interrupt and call again as you like"
     folder, call, state = Path(folder), call or {}, PartialState()
@@ -127,7 +133,7 @@ def sample_all(
                 runs = ran.pop('runs')
                 ran |= {what: {r['context']: r[what] for r in runs if r[what]} for what in ('errors', 'fallbacks')}
                 if reference: ran['against full'] = fidelity(sample, load_sample(find_sample(reference, job.name)))
-                file = save_sample(sample, folder/job.name, fps)
+                file = save_sample(sample, folder/job.name, fps, exact)
                 save_json(asdict(job) | dict(file=file.name, size=list(sample.shape)) | ran | dict(settings=settings) | provenance(pipe.device), folder/f'{job.name}.json')
                 note.unlink(missing_ok=True)
                 made += 1
@@ -147,21 +153,22 @@ def claim(folder, settings):
     else: save_json(settings, path)
 
 def find_sample(folder, name):
-    "The file of a finished sample"
-    return Path(folder)/json.loads((Path(folder)/f'{name}.json').read_text(encoding='utf-8'))['file']
+    "The file of a finished sample, the one without loss if there are two"
+    exact = Path(folder)/f'{name}.mkv'
+    return exact if exact.exists() else Path(folder)/json.loads((Path(folder)/f'{name}.json').read_text(encoding='utf-8'))['file']
 
 def finished(folder):
     "{name: its JSON} of the finished samples of a folder, in order of name"
     return {p.stem: json.loads(p.read_text(encoding='utf-8')) for p in sorted(Path(folder).glob('*.json')) if p.name not in ('settings.json', 'summary.json')}
 
-# %% ../nbs/26_runs.ipynb #70636e2a
+# %% ../nbs/26_runs.ipynb #c919b9d4
 def summarise(
     folder,  # of samples
 ):           # dict: samples, failures, mean seconds, passes, forecast errors, and fidelity where it was measured
     "The summary of a folder, also saved there as summary.json, with a contact sheet"
     rows = list(finished(folder).values())
     out = dict(samples=len(rows), failed=sorted(p.stem for p in (Path(folder)/'failed').glob('*.json')), seconds=mean(r['seconds'] for r in rows),
-               passes=mean(len(p) for r in rows for p in r['passes']), forecast_error=mean(e for r in rows for c in r['errors'].values() for e in c.values()))
+               passes=mean(len(p) for r in rows for p in r['passes'].values()), forecast_error=mean(e for r in rows for c in r['errors'].values() for e in c.values()))
     if against := [r['against full'] for r in rows if 'against full' in r]: out['against full'] = spread(against)
     save_json(out, Path(folder)/'summary.json')
     if rows:
@@ -205,7 +212,7 @@ def compare_folders(
     if not common: raise ValueError(f'{a} ({len(left)} samples) and {b} ({len(right)} samples) have no prompt and seed in common')
     scores = [(n, fidelity(load_sample(Path(a)/left[n]['file']), load_sample(Path(b)/right[n]['file']))) for n in tqdm(common, desc='comparing')]
     return dict(pairs=len(common), only_a=len(left) - len(common), only_b=len(right) - len(common),
-                passes=[mean(len(p) for n in common for p in side[n]['passes']) for side in (left, right)], seconds=[mean(side[n]['seconds'] for n in common) for side in (left, right)]) | spread([s for _, s in scores]), scores
+                passes=[mean(len(p) for n in common for p in side[n]['passes'].values()) for side in (left, right)], seconds=[mean(side[n]['seconds'] for n in common) for side in (left, right)]) | spread([s for _, s in scores]), scores
 
 @in_style
 def comparison_strip(
