@@ -14,10 +14,11 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel
 
-# %% ../nbs/08_flux.ipynb #b805b929
+# %% ../nbs/08_flux.ipynb #6988aa97
 def word_tokenizer(
     words,            # the vocabulary, an iterable of lower-case words
     max_length:int,   # tokens a caption is padded or cut to, ends included
+    phrases=(),       # sequences of words that are one token each
 ):                    # a tokenizer with one token a word
     "A word-level tokenizer that CLIP and T5 can share; unknown words become `<unk>`"
     specials = ['<pad>', '<s>', '<unk>', '</s>']        # CLIP treats an end token of id 2 in a way of its own: avoid it
@@ -25,6 +26,7 @@ def word_tokenizer(
     tok = Tokenizer(models.WordLevel(vocab, unk_token='<unk>'))
     tok.normalizer, tok.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
     tok.post_processor = processors.TemplateProcessing(single='<s> $A </s>', special_tokens=[('<s>', 1), ('</s>', 3)])
+    tok.add_tokens(list(phrases))
     return PreTrainedTokenizerFast(tokenizer_object=tok, model_max_length=max_length, pad_token='<pad>', bos_token='<s>',
                                    eos_token='</s>', unk_token='<unk>')
 

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from .flux import small_clip, special_tokens, start_as_identity, word_tokenizer
 
-# %% ../nbs/11_hunyuan_video.ipynb #8a13f71c
+# %% ../nbs/11_hunyuan_video.ipynb #ef15d1bb
 def inflate(
     video_vae,    # AutoencoderKLHunyuanVideo, changed in place
     picture_vae,  # AutoencoderKL of the same widths
@@ -28,6 +28,7 @@ def inflate(
 def new_tiny_hunyuan(
     words,                # vocabulary of the captions
     vae,                  # AutoencoderKL, to be inflated
+    phrases=(),           # sequences of words that are one token each
     max_length:int=16,    # tokens a caption
     width:int=112,        # channels of the transformer
     n_double:int=2,       # double-stream blocks
@@ -37,7 +38,7 @@ def new_tiny_hunyuan(
 ):                        # HunyuanVideoPipeline
     "A `HunyuanVideoPipeline` of the published classes at toy size, with random weights but for its autoencoder"
     torch.manual_seed(seed)
-    tokenizer, tokenizer_2 = word_tokenizer(words, max_length), word_tokenizer(words, 77)     # the pipeline pads CLIP's tokens to 77
+    tokenizer, tokenizer_2 = word_tokenizer(words, max_length, phrases), word_tokenizer(words, 77, phrases)     # the pipeline pads CLIP's tokens to 77
     llama = LlamaModel(LlamaConfig(hidden_size=text_width, intermediate_size=2*text_width, num_hidden_layers=4, num_attention_heads=text_width//16,   # its last two layers are not read
                                    max_position_embeddings=512, **special_tokens(tokenizer)))
     widths, channels = vae.config.block_out_channels, vae.config.latent_channels

@@ -7,9 +7,10 @@ __all__ = ['PICTURES', 'CLIPS', 'RECIPES', 'fit', 'training_set', 'batch_at', 't
            'encode_all', 'noise_batch', 'like', 'mix_flow', 'train_denoiser', 'distil_guidance', 'save_pipeline',
            'mix_schedule', 'World', 'Recipe', 'train_tiny']
 
-# %% ../nbs/21_tiny.ipynb #05d8d501
+# %% ../nbs/21_tiny.ipynb #66894c16
 import copy, json, math, os, shutil
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .clips import all_clips, draw_clip, split_clips
+from .clips import DIRECTIONS, all_clips, draw_clip, split_clips
 from .flux import flux_embeds, flux_velocity, new_tiny_flux
 from .hunyuan_video import hunyuan_embeds, hunyuan_velocity, new_tiny_hunyuan
 from .sd3 import new_tiny_sd3, sd3_embeds, sd3_velocity
@@ -170,7 +171,7 @@ def encode_all(
     z = torch.cat([vae.encode(p.float()/127.5 - 1).latent_dist.mode() for p in tqdm(samples.split(batch), desc='encoding', leave=False)])
     return scale_latents(vae, z) if scaled else z
 
-# %% ../nbs/21_tiny.ipynb #d15b5bd6
+# %% ../nbs/21_tiny.ipynb #dfff70ba
 def noise_batch(
     latents,       # [N, C, …] clean latents
     captions,      # their N captions
@@ -194,9 +195,10 @@ def mix_flow(
     x,      # [B, C, …] clean latents
     noise,  # the same shape
     level,  # [B] standard normal numbers
+    mean=.5,# of the logit of σ; log s is what a sampler with the shift s wants
 ):          # (noisy latents, σ [B], what is to be predicted)
     "Flow matching: x_σ = (1 − σ) x + σ ε at a logit-normal σ, to predict v = ε − x from"
-    sigma = torch.sigmoid(level + .5)
+    sigma = torch.sigmoid(level + mean)
     return (1 - like(sigma, x))*x + like(sigma, x)*noise, sigma, noise - x
 
 def train_denoiser(
@@ -212,6 +214,7 @@ def train_denoiser(
     batch:int=64,   # samples a step
     lr:float=2e-3,  # peak learning rate
     seed:int=1,     # of the batches
+    name='denoiser',# of the checkpoint
 ):                  # final loss
     "Train a denoiser and its text encoders: the mean squared error of its prediction at a random noise level"
     ones = torch.ones(batch)
@@ -219,9 +222,9 @@ def train_denoiser(
         x, noise, level, texts, _ = noise_batch(latents, captions, step, batch, seed)
         noisy, level, target = mix(x, noise, level)
         return F.mse_loss(predict(pipe, noisy, level, embeds(pipe, texts), ones), target)
-    return fit('denoiser', params, loss_at, n_steps, folder, lr)
+    return fit(name, params, loss_at, n_steps, folder, lr)
 
-# %% ../nbs/21_tiny.ipynb #89749937
+# %% ../nbs/21_tiny.ipynb #ba73efb9
 def distil_guidance(
     pipe,             # trained pipeline, its transformer changed in place
     velocity,         # its call, as `flux_velocity`
@@ -233,6 +236,7 @@ def distil_guidance(
     batch:int=48,     # samples a step
     lr:float=6e-4,    # peak learning rate
     scales=(1., 5.),  # range of guidance scales
+    mix=mix_flow,     # how latents are mixed with noise
     seed:int=2,       # of the batches
 ):                    # final loss
     "Teach the guidance embedding what classifier-free guidance of that scale does: v_∅ + g(v_c − v_∅) in one call"
@@ -242,7 +246,7 @@ def distil_guidance(
     with torch.no_grad(): empty = [e.expand(batch, *e.shape[1:]) for e in embeds(pipe, [''])]
     def loss_at(step):
         x, noise, level, texts, rng = noise_batch(latents, captions, step, batch, seed)
-        x, sigma, _ = mix_flow(x, noise, level)
+        x, sigma, _ = mix(x, noise, level)
         g = scales[0] + (scales[1] - scales[0])*torch.rand(batch, generator=rng)
         with torch.no_grad():
             text = embeds(pipe, texts)
@@ -281,7 +285,7 @@ def mix_schedule(
         return a.sqrt()*x + (1 - a).sqrt()*noise, t, noise
     return mix
 
-# %% ../nbs/21_tiny.ipynb #7b65273b
+# %% ../nbs/21_tiny.ipynb #2e3702d9
 @dataclass(frozen=True)
 class World:
     "What a model is shown"
@@ -289,8 +293,9 @@ class World:
     split:object       # function: (training scenes, held-out scenes)
     draw:object        # function (scene, rng) -> sample
     n_each:int         # training samples of a scene
+    phrases:tuple=()   # sequences of words that are one token each
 
-PICTURES, CLIPS = World(all_scenes, split_scenes, draw, 5), World(all_clips, split_clips, draw_clip, 5)
+PICTURES, CLIPS = World(all_scenes, split_scenes, draw, 5), World(all_clips, split_clips, draw_clip, 5, tuple(DIRECTIONS))
 
 @dataclass(frozen=True)
 class Recipe:
@@ -299,7 +304,7 @@ class Recipe:
     predict:object     # its call, as `flux_velocity`
     embeds:object      # its text encoding, as `flux_embeds`
     world:World        # what it is shown
-    steps:dict         # optimiser steps of the stages: stills, vae, denoiser, guidance
+    steps:dict         # optimiser steps of the stages: stills, vae, denoiser, noisier, guidance
     batch:dict=field(default_factory=dict)  # samples a step, where not the default
     rate:dict=field(default_factory=dict)   # peak learning rates, where not the default
     around_vae:bool=True                    # made around the autoencoder of tiny-flux
@@ -309,8 +314,8 @@ RECIPES = {
     'tiny-flux':    Recipe(new_tiny_flux, flux_velocity, flux_embeds, PICTURES, dict(vae=4500, denoiser=8000, guidance=1200), around_vae=False),
     'tiny-sd3':     Recipe(new_tiny_sd3, sd3_velocity, sd3_embeds, PICTURES, dict(denoiser=5000)),
     'tiny-sdxl':    Recipe(new_tiny_sdxl, sdxl_noise, sdxl_embeds, PICTURES, dict(denoiser=5000), mix=lambda pipe: mix_schedule(pipe.scheduler.alphas_cumprod)),
-    'tiny-hunyuan': Recipe(new_tiny_hunyuan, hunyuan_velocity, hunyuan_embeds, CLIPS, dict(vae=600, denoiser=3500, guidance=600), dict(vae=4, denoiser=48), rate=dict(vae=5e-4)),
-    'tiny-wan':     Recipe(new_tiny_wan, wan_velocity, wan_embeds, CLIPS, dict(stills=1000, vae=600, denoiser=3500), dict(vae=4, denoiser=48), rate=dict(vae=5e-4)),
+    'tiny-hunyuan': Recipe(new_tiny_hunyuan, hunyuan_velocity, hunyuan_embeds, CLIPS, dict(vae=600, denoiser=2000, noisier=800, guidance=300), dict(vae=4, denoiser=48, noisier=48), rate=dict(vae=5e-4, noisier=1e-3)),
+    'tiny-wan':     Recipe(new_tiny_wan, wan_velocity, wan_embeds, CLIPS, dict(stills=1000, vae=600, denoiser=2000, noisier=800), dict(vae=4, denoiser=48, noisier=48), rate=dict(vae=5e-4, noisier=1e-3)),
 }
 
 def train_tiny(
@@ -327,14 +332,19 @@ def train_tiny(
     steps, n_each, losses = recipe.steps | (steps or {}), n_each or recipe.world.n_each, {}
     stage = lambda name: dict(n_steps=steps[name], folder=work) | {k: d[name] for k, d in (('batch', recipe.batch), ('lr', recipe.rate)) if name in d}
     shared = [] if not recipe.around_vae else [AutoencoderKL.from_pretrained(str(files('spectrum_nb')/'weights'/'tiny-flux'), subfolder='vae')]
-    pipe = recipe.new(' '.join(s.caption for s in recipe.world.everything()).split(), *shared, seed=seed)
+    phrases = dict(phrases=recipe.world.phrases) if recipe.world.phrases else {}
+    pipe = recipe.new(' '.join(s.caption for s in recipe.world.everything()).split(), *shared, **phrases, seed=seed)
     samples, captions = training_set(recipe.world.split()[0], n_each, seed, recipe.world.draw)
     if 'stills' in steps: losses['stills'] = teach_stills(pipe.vae, *shared, samples, seed=seed, **stage('stills'))
     if 'vae' in steps: losses['vae'] = train_vae(pipe.vae, samples, seed=seed, **stage('vae'))
     latents = encode_all(pipe.vae, samples)
     params = [p for name, m in pipe.components.items() if isinstance(m, torch.nn.Module) and name != 'vae' for p in m.parameters()]
     losses['denoiser'] = train_denoiser(pipe, recipe.predict, recipe.embeds, params, latents, captions, mix=recipe.mix(pipe), seed=seed + 1, **stage('denoiser'))
-    if 'guidance' in steps: losses['guidance'] = distil_guidance(pipe, recipe.predict, recipe.embeds, latents, captions, seed=seed + 2, **stage('guidance'))
+    mix = recipe.mix(pipe)
+    if 'noisier' in steps:
+        mix = partial(mix_flow, mean=math.log(7))
+        losses['noisier'] = train_denoiser(pipe, recipe.predict, recipe.embeds, params, latents, captions, mix=mix, seed=seed + 3, name='noisier', **stage('noisier'))
+    if 'guidance' in steps: losses['guidance'] = distil_guidance(pipe, recipe.predict, recipe.embeds, latents, captions, mix=mix, seed=seed + 2, **stage('guidance'))
     save_pipeline(pipe, folder, dict(model=model, steps=steps, n_each=n_each, seed=seed, losses=losses, torch=torch.__version__))
     shutil.rmtree(work)
     return pipe, losses

@@ -12,7 +12,7 @@ from transformers import UMT5EncoderModel
 
 from .flux import small_t5, start_as_identity, word_tokenizer
 
-# %% ../nbs/12_wan.ipynb #4e3be353
+# %% ../nbs/12_wan.ipynb #76fc1358
 def code_frames_apart(
     vae,  # AutoencoderKLWan, changed in place
 ):
@@ -28,6 +28,7 @@ def code_frames_apart(
 def new_tiny_wan(
     words,                # vocabulary of the captions
     vae,                  # AutoencoderKL, whose number of latent channels is taken over
+    phrases=(),           # sequences of words that are one token each
     max_length:int=16,    # tokens a caption
     width:int=128,        # channels of the transformer
     n_blocks:int=6,       # blocks
@@ -37,7 +38,7 @@ def new_tiny_wan(
 ):                        # WanPipeline
     "A `WanPipeline` of the published classes at toy size, with random weights"
     torch.manual_seed(seed)
-    tokenizer, channels = word_tokenizer(words, max_length), vae.config.latent_channels
+    tokenizer, channels = word_tokenizer(words, max_length, phrases), vae.config.latent_channels
     video_vae = AutoencoderKLWan(base_dim=32, z_dim=channels, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[True, True], scale_factor_spatial=4,
                                  latents_mean=[0.]*channels, latents_std=[1.]*channels)
     code_frames_apart(video_vae)
