@@ -163,9 +163,9 @@ def loop_bench(
                          efficiency=efficiency(best), quartiles=' '.join(str(efficiency(q)) for q in within)))
     return rows
 
-# %% ../nbs/24_bench.ipynb #13310ca5
-LARGER = dict(height=64, width=64, num_frames=17)
-LOOPS = (('tiny-flux', 1, {}), ('tiny-flux', 128, {}), ('tiny-sd3', 64, {}), ('tiny-sdxl', 64, {}), ('tiny-hunyuan', 8, LARGER), ('tiny-wan', 8, LARGER))   # model, batch, size
+# %% ../nbs/24_bench.ipynb #ad9329c4
+LARGER = dict(height=96, width=96, num_frames=25)
+LOOPS = (('tiny-flux', 1, {}), ('tiny-flux', 128, {}), ('tiny-sd3', 128, {}), ('tiny-sdxl', 64, {}), ('tiny-hunyuan', 2, LARGER), ('tiny-wan', 2, LARGER))   # model, batch, size
 
 def loops_bench(
     rounds:int=7,  # rounds of each loop
@@ -182,7 +182,7 @@ def loops_bench(
         if model == 'tiny-flux': split[str(batch)] = step_split(pipe, prompts, call)
     return dict(rows=rows, split=split)
 
-# %% ../nbs/24_bench.ipynb #6d4e8fb4
+# %% ../nbs/24_bench.ipynb #9db81c1c
 def step_split(
     pipe,           # pipeline with one denoiser and one call a step
     prompts,        # a batch of prompts

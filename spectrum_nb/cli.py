@@ -156,7 +156,7 @@ def compare(
     print(save_json(dict(a=str(a), b=str(b), **table, samples=dict(scores)), Path(out)/'comparison.json').resolve())
     print(save_figure(comparison_strip(a, b, scores), Path(out)/'comparison.png').resolve())
 
-# %% ../nbs/27_cli.ipynb #59d3a40d
+# %% ../nbs/27_cli.ipynb #d411a25d
 @call_parse
 def bench(
     what:str='forecast',   # `forecast`: one forecast at FLUX's feature size; `loop`: denoising loops; `quality`: against the rivals; the last two on the tiny models
@@ -167,7 +167,8 @@ def bench(
 ):
     "Measure what a forecast costs, what it saves, and what it does to the samples; the tables of the pages bench and rivals"
     for name, value in (('prompts', prompts), ('rounds', rounds)): check_number(name, value, 1, Integral)
-    where = lambda **settings: dict(provenance=settings | dict(command=f'spectrum-nb bench --what {what} --out {Path(out).name}') | provenance(device))
+    count = {'loop': f'rounds {rounds}', 'quality': f'prompts {prompts}'}.get(what, 'device ' + device)
+    where = lambda **settings: dict(provenance=settings | dict(command=f'spectrum-nb bench --what {what} --{count} --out {Path(out).name}') | provenance(device))
     if what == 'forecast': result = forecast_bench(device=device)
     elif what == 'loop': result = loops_bench(rounds, device) | where(steps=50, rounds=rounds)
     elif what == 'quality':

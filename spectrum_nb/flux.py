@@ -30,7 +30,7 @@ def word_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=tok, model_max_length=max_length, pad_token='<pad>', bos_token='<s>',
                                    eos_token='</s>', unk_token='<unk>')
 
-# %% ../nbs/08_flux.ipynb #b38bd988
+# %% ../nbs/08_flux.ipynb #0759dc2c
 def small_clip(
     tokenizer,           # from `word_tokenizer`
     width:int,           # channels; a head has 16 of them
@@ -51,7 +51,9 @@ def small_t5(
     return kind(kind.config_class(d_model=width, d_ff=4*width, d_kv=16, num_layers=n_layers, num_heads=width//16, dropout_rate=0.,
                                   decoder_start_token_id=0, **special_tokens(tokenizer)))
 
-def special_tokens(tokenizer): return dict(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=3)
+def special_tokens(tokenizer):
+    "What the config of a text encoder must know of a `word_tokenizer`"
+    return dict(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=3)
 
 def start_as_identity(
     denoiser,  # a transformer with adaptive norms, changed in place

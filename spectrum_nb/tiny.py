@@ -285,7 +285,7 @@ def mix_schedule(
         return a.sqrt()*x + (1 - a).sqrt()*noise, t, noise
     return mix
 
-# %% ../nbs/21_tiny.ipynb #2e3702d9
+# %% ../nbs/21_tiny.ipynb #899fd1ca
 @dataclass(frozen=True)
 class World:
     "What a model is shown"
@@ -319,16 +319,16 @@ RECIPES = {
 }
 
 def train_tiny(
-    model:str,       # one of `RECIPES`
+    model,           # one of `RECIPES`, or a Recipe of one's own
     folder,          # where the trained pipeline is saved
     steps=None,      # {stage: optimiser steps} where not the recipe's
     n_each:int=None, # training samples of a scene where not the world's
     seed:int=0,      # seed of weights, samples and batches
 ):                   # (pipeline, {stage: final loss})
     "Train a tiny pipeline from nothing; half an hour to an hour on two cores, resumable"
-    if model not in RECIPES: raise ValueError(f'no recipe for {model!r}; choose one of {", ".join(RECIPES)}')
-    recipe, work = RECIPES[model], Path(folder).with_name(Path(folder).name + '.work')
-    if unknown := [s for s in steps or {} if s not in recipe.steps]: raise ValueError(f'{model} is trained without a stage {", ".join(unknown)}; its stages are {", ".join(recipe.steps)}')
+    if not isinstance(model, Recipe) and model not in RECIPES: raise ValueError(f'no recipe for {model!r}; choose one of {", ".join(RECIPES)}')
+    recipe, work = model if isinstance(model, Recipe) else RECIPES[model], Path(folder).with_name(Path(folder).name + '.work')
+    if unknown := [s for s in steps or {} if s not in recipe.steps]: raise ValueError(f'{model if recipe is not model else "this recipe"} is trained without a stage {", ".join(unknown)}; its stages are {", ".join(recipe.steps)}')
     steps, n_each, losses = recipe.steps | (steps or {}), n_each or recipe.world.n_each, {}
     stage = lambda name: dict(n_steps=steps[name], folder=work) | {k: d[name] for k, d in (('batch', recipe.batch), ('lr', recipe.rate)) if name in d}
     shared = [] if not recipe.around_vae else [AutoencoderKL.from_pretrained(str(files('spectrum_nb')/'weights'/'tiny-flux'), subfolder='vae')]
@@ -345,6 +345,6 @@ def train_tiny(
         mix = partial(mix_flow, mean=math.log(7))
         losses['noisier'] = train_denoiser(pipe, recipe.predict, recipe.embeds, params, latents, captions, mix=mix, seed=seed + 3, name='noisier', **stage('noisier'))
     if 'guidance' in steps: losses['guidance'] = distil_guidance(pipe, recipe.predict, recipe.embeds, latents, captions, mix=mix, seed=seed + 2, **stage('guidance'))
-    save_pipeline(pipe, folder, dict(model=model, steps=steps, n_each=n_each, seed=seed, losses=losses, torch=torch.__version__))
+    save_pipeline(pipe, folder, dict(model=None if recipe is model else model, steps=steps, n_each=n_each, seed=seed, losses=losses, torch=torch.__version__))
     shutil.rmtree(work)
     return pipe, losses
