@@ -59,7 +59,8 @@ def test_what_a_killed_process_left_is_made_by_a_rerun(prompts):
 
 
 def test_ctrl_c_leaves_a_folder_that_can_be_resumed(prompts):
-    running = subprocess.Popen(words('--steps', '60'), cwd=prompts, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    listens = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)          # a shell's background jobs, and so their children, ignore Ctrl-C
+    running = subprocess.Popen(words('--steps', '60'), cwd=prompts, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listens)
     folder = prompts/'spectrum_runs/run'
     deadline = time.time() + 120
     while len(notes(folder)) < 1 and time.time() < deadline: time.sleep(.05)

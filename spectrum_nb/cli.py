@@ -156,7 +156,7 @@ def compare(
     print(save_json(dict(a=str(a), b=str(b), **table, samples=dict(scores)), Path(out)/'comparison.json').resolve())
     print(save_figure(comparison_strip(a, b, scores), Path(out)/'comparison.png').resolve())
 
-# %% ../nbs/27_cli.ipynb #d411a25d
+# %% ../nbs/27_cli.ipynb #8d527efd
 @call_parse
 def bench(
     what:str='forecast',   # `forecast`: one forecast at FLUX's feature size; `loop`: denoising loops; `quality`: against the rivals; the last two on the tiny models
@@ -167,12 +167,11 @@ def bench(
 ):
     "Measure what a forecast costs, what it saves, and what it does to the samples; the tables of the pages bench and rivals"
     for name, value in (('prompts', prompts), ('rounds', rounds)): check_number(name, value, 1, Integral)
-    count = {'loop': f'rounds {rounds}', 'quality': f'prompts {prompts}'}.get(what, 'device ' + device)
-    where = lambda **settings: dict(provenance=settings | dict(command=f'spectrum-nb bench --what {what} --{count} --out {Path(out).name}') | provenance(device))
+    where = lambda option, **settings: dict(provenance=settings | dict(command=f'spectrum-nb bench --what {what} --{option} --out {Path(out).name}') | provenance(device))
     if what == 'forecast': result = forecast_bench(device=device)
-    elif what == 'loop': result = loops_bench(rounds, device) | where(steps=50, rounds=rounds)
+    elif what == 'loop': result = loops_bench(rounds, device) | where(f'rounds {rounds}', steps=50, rounds=rounds)
     elif what == 'quality':
-        result = dict(tables={}, prompts=prompts) | where(steps=50, prompts=f'{prompts} held-out captions, one batch', seeds=f'2000 to {1999 + prompts}', guidance={m: find_preset(m).call['guidance_scale'] for m in TINY})
+        result = dict(tables={}, prompts=prompts) | where(f'prompts {prompts}', steps=50, prompts=f'{prompts} held-out captions, one batch', seeds=f'2000 to {1999 + prompts}', guidance={m: find_preset(m).call['guidance_scale'] for m in TINY})
         for model in TINY:
             result['tables'][model] = quality_bench(model, prompts, device=device)
             print(f'\n{model}\n{as_text(result["tables"][model])}')

@@ -6,7 +6,7 @@
 __all__ = ['DIRECTIONS', 'RADIUS', 'Clip', 'all_clips', 'clip_by_caption', 'split_clips', 'draw_clip', 'read_clip',
            'clip_agreement']
 
-# %% ../nbs/20_clips.ipynb #bf369471
+# %% ../nbs/20_clips.ipynb #aea42c67
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
@@ -14,9 +14,9 @@ from itertools import product
 
 import numpy as np
 
-from .shapes import COLOURS, SHAPES, caption_agreement, centre, coverage, find_object, nearest_shape, paint
+from .shapes import COLOURS, SHAPES, caption_agreement, centre, coverage, find_caption, find_object, hold_out, nearest_shape, paint
 
-# %% ../nbs/20_clips.ipynb #c247d74c
+# %% ../nbs/20_clips.ipynb #109cf8b6
 DIRECTIONS = {'left to right': (1, 0), 'right to left': (-1, 0), 'top to bottom': (0, 1), 'bottom to top': (0, -1)}    # (right, down)
 
 @dataclass(frozen=True)
@@ -35,11 +35,9 @@ class Clip:
     @classmethod
     def from_caption(cls, caption:str):
         "The clip that `caption` names; a `ValueError` if it is not a sentence of this world"
-        try: return clip_by_caption()[caption.strip()]
-        except KeyError: raise ValueError(f'{caption!r} is not a caption of this world; write for example {all_clips()[0].caption!r} '
-                                          f'(colours {list(COLOURS)}, shapes {list(SHAPES)}, directions {list(DIRECTIONS)})') from None
+        return find_caption(caption, clip_by_caption(), colours=COLOURS, shapes=SHAPES, directions=DIRECTIONS)
 
-# %% ../nbs/20_clips.ipynb #a0b37d52
+# %% ../nbs/20_clips.ipynb #b5782ec3
 def all_clips():
     "Every clip, in a fixed order: colour × shape × direction × another background colour"
     return [Clip(*c) for c in product(COLOURS, SHAPES, DIRECTIONS, COLOURS) if c[0] != c[3]]
@@ -54,9 +52,7 @@ def split_clips(
     seed:int=0,      # seed of the split
 ):                   # (training clips, held-out clips)
     "Clips for training and clips whose captions are only used for measuring"
-    clips = all_clips()
-    order = np.random.default_rng(seed).permutation(len(clips))
-    return [clips[i] for i in order[n_held:]], [clips[i] for i in order[:n_held]]
+    return hold_out(all_clips(), n_held, seed)
 
 # %% ../nbs/20_clips.ipynb #f00a976c
 RADIUS = 11.    # of an object, in 64ths of the side

@@ -193,7 +193,7 @@ class Run:
         at = lambda steps: {self.first + i: x for i, x in steps.items()}           # steps of the run, not of the share
         return RunStats(self.context, self.n_steps, [self.first + i for i in self.passes], at(self.fallbacks), at({i: e.item() for i, e in self.errors.items()}))
 
-# %% ../nbs/07_hook.ipynb #84a32726
+# %% ../nbs/07_hook.ipynb #879c876c
 def signature_of(value):
     "Shape, dtype and device of a tensor, or of the tensors in a list: what must not change within a run"
     if isinstance(value, (list, tuple)): return tuple(map(signature_of, value))
@@ -209,10 +209,11 @@ class SpectrumHook(ModelHook):
         anatomy,   # Anatomy
         clock,     # PipelineClock or CallClock
         stats,     # list that the statistics of finished runs are appended to
-        peers=(),  # the hooks of the other denoisers of the same pipeline
+        peers,     # list of the hooks of one handle, which this one joins
     ):
         super().__init__()
         self.plan_for, self.anatomy, self.clock, self.stats, self.peers = plan_for, anatomy, clock, stats, peers
+        peers.append(self)
         self.contexts, self.runs, self.calls = StateManager(dict), {}, {}
 
     def initialize_hook(self, module):
@@ -234,7 +235,7 @@ class SpectrumHook(ModelHook):
             if nth: name = f'{name}#{nth + 1}'
         run = self.runs.get(name)
         if run is None or run.key is not key or run.done or (step is not None and step < run.step):
-            for hook in (self, *self.peers): hook.runs = {n: r for n, r in hook.runs.items() if r.key is key}       # what is left of an interrupted run
+            for hook in self.peers: hook.runs = {n: r for n, r in hook.runs.items() if r.key is key}       # what is left of an interrupted run
             run = self.runs[name] = Run(self.plan_for(self.clock.n_steps), self.clock.label + name, key, self.clock.share.start)
         return run, run.step if step is None else step
 
@@ -263,7 +264,7 @@ class SpectrumHook(ModelHook):
         if run.step == run.n_steps: self.stats.append(run.finish())
         return out
 
-# %% ../nbs/07_hook.ipynb #dcb6619a
+# %% ../nbs/07_hook.ipynb #5508c7b5
 DENOISERS = ('transformer', 'transformer_2', 'unet')    # the names under which pipelines hold them
 
 @contextmanager
@@ -303,15 +304,13 @@ class SpectrumHandle:
             for hook_name, hook in getattr(getattr(module, '_diffusers_hook', None), 'hooks', {}).items():
                 if hook_name == SpectrumHook.NAME: raise RuntimeError(f'Spectrum is already applied to this {name}; call remove() on its handle first')
                 if hook._is_stateful: raise RuntimeError(f'this {name} has the cache {hook_name!r} of diffusers enabled; disable it first, two caches would corrupt each other')
-        hook = SpectrumHook(self._plan_for, anatomy, clock, self.stats, [*self._hooks])
-        for peer in self._hooks: peer.peers.append(hook)
+        hook = SpectrumHook(self._plan_for, anatomy, clock, self.stats, self._hooks)
         with beneath_offloading(denoiser): HookRegistry.check_if_exists_or_initialize(denoiser).register_hook(hook, SpectrumHook.NAME)
-        self._hooked.append((denoiser, fresh)); self._hooks.append(hook)
+        self._hooked.append((denoiser, fresh))
 
     def reset(self):
         "Start a new run: for a bare denoiser; a pipeline's runs are told apart by themselves"
-        for denoiser, *_ in self._hooked:
-            hook = denoiser._diffusers_hook.get_hook(SpectrumHook.NAME)
+        for hook in self._hooks:
             hook.reset_state()
             if isinstance(hook.clock, CallClock): hook.clock.reset()
 

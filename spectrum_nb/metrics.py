@@ -52,7 +52,7 @@ def still(sample):
     "The picture, or the frame in the middle of a clip"
     return sample if np.ndim(sample) == 3 else sample[len(sample)//2]
 
-# %% ../nbs/22_metrics.ipynb #4916e5d2
+# %% ../nbs/22_metrics.ipynb #6be9062c
 def fidelity(
     sample,     # picture, or clip [frames, h, w, 3]
     reference,  # of the same shape
@@ -61,10 +61,10 @@ def fidelity(
     pairs = list(zip(sample, reference, strict=True)) if np.ndim(sample) == 4 else [(sample, reference)]
     return {f.__name__: finite_mean([f(a, b) for a, b in pairs]) for f in (psnr, ssim, relative_l2)}
 
-def finite_mean(values):
-    "Mean of what is finite, so that one equal pair does not make a mean PSNR infinite; inf if nothing is"
-    values = [v for v in values if np.isfinite(v)]
-    return float(np.mean(values)) if values else float('inf')
+def finite_mean(values, otherwise=float('inf')):
+    "Mean of the finite numbers among `values`, so that one equal pair does not make a mean PSNR infinite; `otherwise` if there is none"
+    values = [v for v in values if v is not None and np.isfinite(v)]
+    return float(np.mean(values)) if values else otherwise
 
 def quality(
     samples,        # pictures or clips

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['second_order', 'Method', 'all_methods', 'run_methods', 'summary', 'as_text', 'comparison_figure', 'quality_bench']
 
-# %% ../nbs/25_rivals.ipynb #c37aef1f
+# %% ../nbs/25_rivals.ipynb #379ccc81
 import textwrap
 from dataclasses import dataclass
 
@@ -15,9 +15,9 @@ import torch
 from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from tqdm.auto import tqdm
 
-from .bench import loop_seconds
+from .bench import step_seconds
 from .figures import in_style, new_figure
-from .hook import find_denoisers, passes_of
+from .hook import find_denoisers
 from .metrics import psnr, quality, still
 from .plan import SpectrumConfig, make_plan
 from .presets import TINY, call_defaults, held_captions, load_pipeline
@@ -59,7 +59,7 @@ def all_methods(
     fewer = [Method(f'{k} {what}steps', k, None, s) for s, what in (((own, ''), (second, 'UniPC ')) if second is not own else ((own, ''),)) for k in budgets]
     return [Method('full run', n_steps, None, own), *ours, *fewer]
 
-# %% ../nbs/25_rivals.ipynb #0fc714cc
+# %% ../nbs/25_rivals.ipynb #d00f1119
 def run_methods(
     pipe,         # pipeline
     prompts,      # captions
@@ -72,11 +72,11 @@ def run_methods(
     pipe.set_progress_bar_config(disable=True)
     bar = tqdm(total=sum(m.steps for m in methods), desc='denoising')
     try:
-        loop_seconds(pipe, prompts, seeds, call, 2)                            # warm up
+        step_seconds(pipe, prompts, seeds, call, 2)                            # warm up
         for m in methods:
             pipe.scheduler = m.scheduler
-            seconds, stats, samples = loop_seconds(pipe, prompts, seeds, call, m.steps, m.config, bar.update)
-            results.append(dict(name=m.name, steps=m.steps, passes=len(next(iter(passes_of(stats).values()))) if stats else m.steps, seconds=seconds, samples=samples))
+            seconds, passes, samples = step_seconds(pipe, prompts, seeds, call, m.steps, m.config, bar.update)
+            results.append(dict(name=m.name, steps=m.steps, passes=passes, seconds=seconds.sum(), samples=samples))
     finally:
         bar.close(); pipe.scheduler = own; pipe.set_progress_bar_config(**bar_settings)
     return results

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['read_prompts', 'Job', 'all_jobs', 'make_sample', 'save_sample', 'load_sample', 'sample_all', 'claim', 'find_sample',
-           'finished', 'summarise', 'mean', 'spread', 'contact_sheet', 'compare_folders', 'comparison_strip']
+           'finished', 'summarise', 'spread', 'contact_sheet', 'compare_folders', 'comparison_strip']
 
-# %% ../nbs/26_runs.ipynb #279cd374
+# %% ../nbs/26_runs.ipynb #cad34425
 import hashlib, json, re, textwrap, traceback, unicodedata
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from .bench import finite, now, provenance, save_json
 from .figures import in_style, new_figure, save_figure, whole_file
 from .hook import apply_spectrum, passes_of
-from .metrics import as_array, fidelity, still
+from .metrics import as_array, fidelity, finite_mean, still
 
 # %% ../nbs/26_runs.ipynb #eb79d24b
 def read_prompts(
@@ -161,14 +161,14 @@ def finished(folder):
     "{name: its JSON} of the finished samples of a folder, in order of name"
     return {p.stem: json.loads(p.read_text(encoding='utf-8')) for p in sorted(Path(folder).glob('*.json')) if p.name not in ('settings.json', 'summary.json')}
 
-# %% ../nbs/26_runs.ipynb #c919b9d4
+# %% ../nbs/26_runs.ipynb #0174917a
 def summarise(
     folder,  # of samples
 ):           # dict: samples, failures, mean seconds, passes, forecast errors, and fidelity where it was measured
     "The summary of a folder, also saved there as summary.json, with a contact sheet"
     rows = list(finished(folder).values())
-    out = dict(samples=len(rows), failed=sorted(p.stem for p in (Path(folder)/'failed').glob('*.json')), seconds=mean(r['seconds'] for r in rows),
-               passes=mean(len(p) for r in rows for p in r['passes'].values()), forecast_error=mean(e for r in rows for c in r['errors'].values() for e in c.values()))
+    out = dict(samples=len(rows), failed=sorted(p.stem for p in (Path(folder)/'failed').glob('*.json')), seconds=finite_mean((r['seconds'] for r in rows), None),
+               passes=finite_mean((len(p) for r in rows for p in r['passes'].values()), None), forecast_error=finite_mean((e for r in rows for c in r['errors'].values() for e in c.values()), None))
     if against := [r['against full'] for r in rows if 'against full' in r]: out['against full'] = spread(against)
     save_json(out, Path(folder)/'summary.json')
     if rows:
@@ -176,15 +176,10 @@ def summarise(
         plt.close(fig)
     return out
 
-def mean(values):
-    "Mean of the finite numbers among `values`, None if there is none"
-    values = [v for v in values if v is not None and np.isfinite(v)]
-    return float(np.mean(values)) if values else None
-
 def spread(scores):
     "{name: mean, name_std: standard deviation over samples} of a list of dicts; equal samples have no finite PSNR and are left out of its mean"
     out = {k: [s[k] for s in scores if s[k] is not None and np.isfinite(s[k])] for k in scores[0]}
-    return {k: mean(v) for k, v in out.items()} | {f'{k}_std': float(np.std(v)) if v else None for k, v in out.items()}
+    return {k: finite_mean(v, None) for k, v in out.items()} | {f'{k}_std': float(np.std(v)) if v else None for k, v in out.items()}
 
 @in_style
 def contact_sheet(
@@ -212,7 +207,8 @@ def compare_folders(
     if not common: raise ValueError(f'{a} ({len(left)} samples) and {b} ({len(right)} samples) have no prompt and seed in common')
     scores = [(n, fidelity(load_sample(Path(a)/left[n]['file']), load_sample(Path(b)/right[n]['file']))) for n in tqdm(common, desc='comparing')]
     return dict(pairs=len(common), only_a=len(left) - len(common), only_b=len(right) - len(common),
-                passes=[mean(len(p) for n in common for p in side[n]['passes'].values()) for side in (left, right)], seconds=[mean(side[n]['seconds'] for n in common) for side in (left, right)]) | spread([s for _, s in scores]), scores
+                passes=[finite_mean((len(p) for n in common for p in side[n]['passes'].values()), None) for side in (left, right)],
+                seconds=[finite_mean((side[n]['seconds'] for n in common), None) for side in (left, right)]) | spread([s for _, s in scores]), scores
 
 @in_style
 def comparison_strip(

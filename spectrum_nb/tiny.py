@@ -285,7 +285,7 @@ def mix_schedule(
         return a.sqrt()*x + (1 - a).sqrt()*noise, t, noise
     return mix
 
-# %% ../nbs/21_tiny.ipynb #899fd1ca
+# %% ../nbs/21_tiny.ipynb #7abd1421
 @dataclass(frozen=True)
 class World:
     "What a model is shown"
@@ -337,10 +337,9 @@ def train_tiny(
     samples, captions = training_set(recipe.world.split()[0], n_each, seed, recipe.world.draw)
     if 'stills' in steps: losses['stills'] = teach_stills(pipe.vae, *shared, samples, seed=seed, **stage('stills'))
     if 'vae' in steps: losses['vae'] = train_vae(pipe.vae, samples, seed=seed, **stage('vae'))
-    latents = encode_all(pipe.vae, samples)
+    latents, mix = encode_all(pipe.vae, samples), recipe.mix(pipe)
     params = [p for name, m in pipe.components.items() if isinstance(m, torch.nn.Module) and name != 'vae' for p in m.parameters()]
-    losses['denoiser'] = train_denoiser(pipe, recipe.predict, recipe.embeds, params, latents, captions, mix=recipe.mix(pipe), seed=seed + 1, **stage('denoiser'))
-    mix = recipe.mix(pipe)
+    losses['denoiser'] = train_denoiser(pipe, recipe.predict, recipe.embeds, params, latents, captions, mix=mix, seed=seed + 1, **stage('denoiser'))
     if 'noisier' in steps:
         mix = partial(mix_flow, mean=math.log(7))
         losses['noisier'] = train_denoiser(pipe, recipe.predict, recipe.embeds, params, latents, captions, mix=mix, seed=seed + 3, name='noisier', **stage('noisier'))
