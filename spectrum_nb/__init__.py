@@ -7,8 +7,9 @@ __version__ = "0.1.0"
 __all__ = ['Anatomy', 'Plan', 'SpectrumConfig', 'apply_spectrum', 'call_defaults', 'load_pipeline', 'make_plan', 'reuse_plan',
            'taylor_plan']
 
-# %% ../nbs/index.ipynb #ce55872b
-from .hook import Anatomy, apply_spectrum
+# %% ../nbs/index.ipynb #e70bd19c
+from .anatomy import Anatomy
+from .hook import apply_spectrum
 from .plan import Plan, SpectrumConfig, make_plan, reuse_plan, taylor_plan
 from .presets import call_defaults, load_pipeline
 

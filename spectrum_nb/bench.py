@@ -6,7 +6,7 @@
 __all__ = ['CLIP', 'LOOPS', 'provenance', 'finite', 'save_json', 'now', 'timed', 'textbook_forecast', 'forecast_case', 'alone',
            'forecast_bench', 'step_seconds', 'take_turns', 'loop_bench', 'loops_bench', 'step_split']
 
-# %% ../nbs/24_bench.ipynb #f93b8991
+# %% ../nbs/24_bench.ipynb #8d1b7f13
 import inspect, json, math, multiprocessing, platform, resource, time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +25,8 @@ from tqdm.auto import tqdm
 from .figures import whole_file
 from .chebyshev import rescaled_time
 from .history import weighted_sum
-from .hook import Run, apply_spectrum, find_anatomy, find_denoisers, passes_of, without
+from .anatomy import find_anatomy, without
+from .hook import Run, apply_spectrum, find_denoisers, passes_of
 from .plan import SpectrumConfig, make_plan
 from .presets import TINY, call_defaults, held_captions, load_pipeline
 
@@ -59,7 +60,7 @@ def timed(f, repeats):
         seconds.append(now() - start)
     return float(np.median(seconds[1:]))
 
-# %% ../nbs/24_bench.ipynb #208b2f09
+# %% ../nbs/24_bench.ipynb #c05de787
 def textbook_forecast(
     features,  # list of K tensors, the features of the passes
     tau,       # [K] their times
@@ -77,11 +78,11 @@ def textbook_forecast(
 def forecast_case(kind, n_features, dtype, device, repeats):
     "Seconds of one way to forecast at step 49, and its peak memory over the history's own; run in a process of its own"
     plan = make_plan(SpectrumConfig(blend=1), 50)
-    run, small = Run(plan, '', None), Run(plan, '', None)
+    run, small = Run(plan, '', None, measure=False), Run(plan, '', None, measure=False)
     torch.manual_seed(0)
     feature = torch.empty(n_features, dtype=dtype, device=device)
-    for p in plan.passes: run.history.store(p, feature.normal_()); small.history.store(p, feature[:4096])
-    H, tau, tau_next = run.history.buffer, rescaled_time(plan.passes, 50), rescaled_time(49, 50)
+    for p in plan.passes: run.keep(p, [feature.normal_()]); small.keep(p, [feature[:4096]])
+    H, tau, tau_next = run.histories[0].buffer, rescaled_time(plan.passes, 50), rescaled_time(49, 50)
     f = dict(ours=lambda: run.forecast(49), textbook=lambda: textbook_forecast(list(H), tau, tau_next), read=lambda: H.view(torch.int64).sum())[kind]
     small.forecast(49); textbook_forecast([h[:64] for h in H], tau, tau_next)           # load the libraries first
     peak = torch.cuda.max_memory_allocated if str(device).startswith('cuda') else lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
@@ -116,7 +117,7 @@ def forecast_bench(
     return dict(rows=rows, speedup=cases['textbook']['seconds']/cases['ours']['seconds'], over_read=cases['ours']['seconds']/cases['read']['seconds'],
                 provenance=dict(feature=f'{tokens}×{width} {str(dtype)[6:]}', passes=14, command='spectrum-nb bench --what forecast --out forecast_cost.json') | provenance(device))
 
-# %% ../nbs/24_bench.ipynb #f4f28c60
+# %% ../nbs/24_bench.ipynb #dc95ee8d
 def step_seconds(
     pipe,        # pipeline
     prompts,     # list of prompts, one batch
@@ -154,6 +155,7 @@ def take_turns(
         def awake(): return queue[0] == me
         def next_turn():
             with change: queue.rotate(-1); change.notify_all(); change.wait_for(awake)
+            time.sleep(.005)                # until the idle arithmetic threads of the one before have stopped waiting for more
         try:
             with change: change.wait_for(awake)
             return jobs[me](next_turn)
@@ -183,9 +185,9 @@ def loop_bench(
         rows.append(dict(run=name, passes=passes, seconds=round(float(np.median(own)), 3), speedup=round(float(speedup), 2), efficiency=efficiency[1], quartiles=f'{efficiency[0]} {efficiency[2]}'))
     return rows
 
-# %% ../nbs/24_bench.ipynb #2159dbb4
+# %% ../nbs/24_bench.ipynb #301087ae
 CLIP = dict(height=128, width=128, num_frames=49)
-LOOPS = (('tiny-flux', 1, {}), ('tiny-flux', 128, {}), ('tiny-sd3', 128, {}), ('tiny-sdxl', 2, dict(height=256, width=256)), ('tiny-hunyuan', 1, CLIP), ('tiny-wan', 1, CLIP))   # model, batch, size
+LOOPS = (('tiny-flux', 1, {}), ('tiny-flux', 8, dict(height=128, width=128)), ('tiny-sd3', 128, {}), ('tiny-sdxl', 1, dict(height=512, width=512)), ('tiny-hunyuan', 1, CLIP), ('tiny-wan', 1, CLIP))   # model, batch, size
 
 def loops_bench(
     rounds:int=7,  # rounds of each loop

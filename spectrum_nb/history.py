@@ -40,12 +40,13 @@ def weighted_sum(
     total = F.embedding_bag(bags, features.view(K*n_blocks, block), mode='sum', per_sample_weights=parts.expand(n_blocks, -1).contiguous())
     return total.view(features.shape[1:])
 
-# %% ../nbs/06_history.ipynb #b5297e85
+# %% ../nbs/06_history.ipynb #7d271b9f
 class History:
     "The features of one run and one context that later steps of its plan will read"
     def __init__(self,
-        plan,  # the Plan of the run
-    ): self.plan, self.buffer, self.slots, self.filled = plan, None, {}, 0
+        plan,           # the Plan of the run
+        device='same',  # where features are kept: `'same'`, where they were made, or `'cpu'`, pinned where a GPU made them
+    ): self.plan, self.device, self.buffer, self.slots, self.filled, self.home = plan, device, None, {}, 0, None
 
     def store(self,
         step:int,  # the pass that made it
@@ -58,7 +59,9 @@ class History:
         feature = feature.detach()
         if self.buffer is not None and (feature.shape, feature.dtype) != (self.buffer.shape[1:], self.buffer.dtype):
             raise ValueError(f'a feature of shape {tuple(feature.shape)}, {feature.dtype} does not fit a history of {tuple(self.buffer.shape[1:])}, {self.buffer.dtype}')
-        if self.buffer is None: self.buffer = torch.empty((self.plan.capacity, *feature.shape), dtype=feature.dtype, device=feature.device)
+        if self.buffer is None:
+            self.home, away = feature.device, self.device == 'cpu' and feature.device.type != 'cpu'
+            self.buffer = torch.empty((self.plan.capacity, *feature.shape), dtype=feature.dtype, device='cpu' if away else self.home, pin_memory=away)
         slot = next(s for s in range(self.plan.capacity) if s not in self.slots.values())
         self.buffer[slot].copy_(feature)
         self.slots[step], self.filled = slot, max(self.filled, slot + 1)
@@ -71,7 +74,7 @@ class History:
         if not steps or any(s not in self.slots for s in steps): return None
         row = np.zeros(self.filled)
         row[[self.slots[s] for s in steps]] = weights[steps]
-        return weighted_sum(self.buffer[:self.filled], row)
+        return weighted_sum(self.buffer[:self.filled], row).to(self.home)      # one feature travels, however many are kept
 
     @property
     def nbytes(self): return 0 if self.buffer is None else self.buffer.nbytes

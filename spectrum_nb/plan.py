@@ -16,7 +16,7 @@ import numpy as np
 from .forecast import forecast_weights, newton_weights
 from .schedule import window_passes
 
-# %% ../nbs/05_plan.ipynb #9b2dbeba
+# %% ../nbs/05_plan.ipynb #359613f4
 @dataclass(frozen=True)
 class SpectrumConfig:
     "Settings of Spectrum; a `ValueError` (wrong value) or `TypeError` (wrong kind) names what cannot work"
@@ -26,14 +26,19 @@ class SpectrumConfig:
     window:float=2.   # N, first distance between passes (authors: window_size)
     alpha:float=.75   # α, growth of that distance after each pass (authors: flex_window)
     warmup:int=5      # passes at the start (authors: warmup_steps)
+    keep:int=None     # passes that a forecast may use, the latest ones: a cap on memory; None for all
+    tolerance:float=None  # relative error, measured at a pass, above which the next step is a full pass, too; None for never
 
     def __post_init__(self):
         for name, low, kind, high in (('degree', 0, Integral, None), ('lam', 0, Real, None), ('blend', 0, Real, 1),
                                       ('window', 1, Real, None), ('alpha', 0, Real, None), ('warmup', 1, Integral, None)):
             check_number(name, getattr(self, name), low, kind, high)
-        if self.lam == 0 and self.blend > 0 and self.warmup <= self.degree:
-            raise ValueError(f'lam=0 leaves degree {self.degree} undetermined by the {self.warmup} passes of the warm-up: '
-                             f'use lam > 0, degree <= {self.warmup - 1} or warmup >= {self.degree + 1}')
+        for name, low, kind in (('keep', 1, Integral), ('tolerance', 0, Real)):
+            if getattr(self, name) is not None: check_number(name, getattr(self, name), low, kind)
+        known = min(self.warmup, self.keep or self.warmup)
+        if self.lam == 0 and self.blend > 0 and known <= self.degree:
+            raise ValueError(f'lam=0 leaves degree {self.degree} undetermined by {known} passes (warmup {self.warmup}, keep {self.keep}): '
+                             f'use lam > 0, degree <= {known - 1}, or warmup and keep >= {self.degree + 1}')
 
 def check_number(name, value, low, kind=Real, high=None):
     "Raise unless `value` is a finite number of `kind` with low ≤ value ≤ high"
@@ -41,7 +46,7 @@ def check_number(name, value, low, kind=Real, high=None):
     if isinstance(value, bool) or not isinstance(value, kind): raise TypeError(f'{name} must be {want}, not {value!r}')
     if not (math.isfinite(value) and value >= low and (high is None or value <= high)): raise ValueError(f'{name} must be {want}, not {value!r}')
 
-# %% ../nbs/05_plan.ipynb #86f89f0a
+# %% ../nbs/05_plan.ipynb #cbca005a
 @dataclass(frozen=True, eq=False)
 class Plan:
     "Which steps of a run are passes, and the weights that make every other step's feature from them"
@@ -86,6 +91,14 @@ class Plan:
         "The largest number of features that must be kept at once"
         return max(sum(self.last_use[k] > i for k in range(i + 1)) for i in range(self.n_steps))
 
+    def first(
+        self,
+        n_steps:int,  # steps from the start, up to the plan's own number
+    ):                # Plan
+        "The plan of a run that ends early"
+        check_number('n_steps', n_steps, 1, Integral, self.n_steps)
+        return Plan([p for p in self.passes if p < n_steps], self.weights[:n_steps, :n_steps], self.checks[:n_steps, :n_steps], self.name)
+
     def plot(
         self,
         ax=None,  # matplotlib axes, by default a new figure's
@@ -102,7 +115,7 @@ class Plan:
 
     def __repr__(self): return f'Plan({self.name!r}, {len(self.passes)} passes of {self.n_steps} steps: {" ".join(map(str, self.passes))})'
 
-# %% ../nbs/05_plan.ipynb #402d7111
+# %% ../nbs/05_plan.ipynb #1fe491de
 def plan_from(
     passes,        # ascending steps at which all blocks run
     n_steps:int,   # number of steps of the run
@@ -128,9 +141,11 @@ def make_plan(
     "Spectrum's plan: the window schedule and the blended Chebyshev forecast"
     check_number('n_steps', n_steps, 1, Integral)
     if not isinstance(config, SpectrumConfig): raise TypeError(f'make_plan needs a SpectrumConfig, not {config!r}')
-    return plan_from(window_passes(n_steps, config.window, config.alpha, config.warmup), n_steps,
-                     lambda known, steps: forecast_weights(known, steps, n_steps, config.degree, config.lam, config.blend),
-                     f'Spectrum α={config.alpha:g} w={config.blend:g}')
+    def weights_at(known, steps):
+        kept = known[-(config.keep or len(known)):]
+        weights = forecast_weights(kept, steps, n_steps, config.degree, config.lam, config.blend)
+        return np.pad(weights, ((0, 0), (len(known) - len(kept), 0)))
+    return plan_from(window_passes(n_steps, config.window, config.alpha, config.warmup), n_steps, weights_at, f'Spectrum α={config.alpha:g} w={config.blend:g}')
 
 def taylor_plan(
     passes,        # ascending steps at which all blocks run
