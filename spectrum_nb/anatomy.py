@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-# %% ../nbs/07_anatomy.ipynb #aaed0b89
+# %% ../nbs/07_anatomy.ipynb #e9ea0386
 @dataclass(frozen=True)
 class Anatomy:
     "Where a denoiser keeps its blocks and its head"
@@ -54,7 +54,7 @@ ANATOMIES = {   # class: (body, head), where its names are not the conventional 
     'StableCascadeUNet':                  (('down_blocks', 'up_blocks'), 'clf'),
     'T5FilmDecoder':                      (('decoders',), 'decoder_norm'),
     'UNet1DModel':                        (('down_blocks', 'mid_block', 'up_blocks'), 'out_block'),
-    'UVit2DModel':                        (('transformer_layers',), 'project_from_hidden_norm'),
+    'UVit2DModel':                         (('down_block.res_blocks', 'down_block.attention_blocks', 'transformer_layers', 'up_block.res_blocks', 'up_block.attention_blocks'), 'mlm_layer'),
     'WanAnimate2Transformer3DModel':      (('blocks',), 'head'),
     'WanVACETransformer3DModel':          (('vace_blocks', 'blocks'), 'norm_out'),
     'ZImageTransformer2DModel':           (('noise_refiner', 'context_refiner', 'layers'), 'all_final_layer.2-1'),

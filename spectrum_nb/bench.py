@@ -30,10 +30,11 @@ from .hook import Run, apply_spectrum, find_denoisers, passes_of
 from .plan import SpectrumConfig, make_plan
 from .presets import TINY, call_defaults, held_captions, load_pipeline
 
-# %% ../nbs/24_bench.ipynb #c3e0e8c3
+# %% ../nbs/24_bench.ipynb #4f969594
 def provenance(device='cpu'):
     "Where and with what a number was measured"
-    chip = torch.cuda.get_device_name() if str(device).startswith('cuda') else f'CPU, {torch.get_num_threads()} threads'
+    n = torch.get_num_threads()
+    chip = torch.cuda.get_device_name() if str(device).startswith('cuda') else f'CPU, {n} thread{"s"*(n > 1)}'
     return dict(device=chip, python=platform.python_version(), torch=torch.__version__, diffusers=diffusers.__version__, date=time.strftime('%Y-%m-%d'))
 
 def finite(obj):
@@ -185,9 +186,9 @@ def loop_bench(
         rows.append(dict(run=name, passes=passes, seconds=round(float(np.median(own)), 3), speedup=round(float(speedup), 2), efficiency=efficiency[1], quartiles=f'{efficiency[0]} {efficiency[2]}'))
     return rows
 
-# %% ../nbs/24_bench.ipynb #301087ae
+# %% ../nbs/24_bench.ipynb #6a54e960
 CLIP = dict(height=128, width=128, num_frames=49)
-LOOPS = (('tiny-flux', 1, {}), ('tiny-flux', 8, dict(height=128, width=128)), ('tiny-sd3', 128, {}), ('tiny-sdxl', 1, dict(height=512, width=512)), ('tiny-hunyuan', 1, CLIP), ('tiny-wan', 1, CLIP))   # model, batch, size
+LOOPS = (('tiny-flux', 1, {}), ('tiny-flux', 8, dict(height=128, width=128)), ('tiny-sd3', 64, {}), ('tiny-sdxl', 1, dict(height=384, width=384)), ('tiny-hunyuan', 1, CLIP), ('tiny-wan', 1, CLIP))   # model, batch, size
 
 def loops_bench(
     rounds:int=7,  # rounds of each loop

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-# %% ../nbs/06_history.ipynb #9db73725
+# %% ../nbs/06_history.ipynb #c44b4caf
 BLOCK = 2048    # elements of a block of the table
 
 def in_two(
@@ -31,16 +31,16 @@ def weighted_sum(
     weights = torch.as_tensor(weights, dtype=torch.float64, device=features.device)
     K, n = len(features), features[0].numel()
     block = math.gcd(n, BLOCK)
-    if block < 64:                          # an odd number of elements makes no table: copy, convert, multiply
+    if block < 64 or not n:                          # an odd number of elements makes no table: copy, convert, multiply
         wide = torch.promote_types(features.dtype, torch.float32)
-        return torch.mv(features.flatten(1).to(wide).T, weights.to(wide)).to(features.dtype).view(features.shape[1:])
+        return torch.mv(features.reshape(K, n).to(wide).T, weights.to(wide)).to(features.dtype).view(features.shape[1:])
     parts, n_blocks = in_two(weights, features.dtype), n//block
     rows = torch.arange(K, device=features.device).repeat(len(parts)//K)*n_blocks
     bags = rows + torch.arange(n_blocks, device=features.device)[:, None]
     total = F.embedding_bag(bags, features.view(K*n_blocks, block), mode='sum', per_sample_weights=parts.expand(n_blocks, -1).contiguous())
     return total.view(features.shape[1:])
 
-# %% ../nbs/06_history.ipynb #7d271b9f
+# %% ../nbs/06_history.ipynb #f13408bf
 class History:
     "The features of one run and one context that later steps of its plan will read"
     def __init__(self,
@@ -65,6 +65,14 @@ class History:
         slot = next(s for s in range(self.plan.capacity) if s not in self.slots.values())
         self.buffer[slot].copy_(feature)
         self.slots[step], self.filled = slot, max(self.filled, slot + 1)
+
+    def widened(self,
+        dtype,  # in which a feature is without loss
+    ):          # dtype of the history from now on
+        "The wider of the history's precision and `dtype`: what is kept is converted where that is the latter"
+        if self.buffer is None: return dtype
+        if torch.promote_types(self.buffer.dtype, dtype) != self.buffer.dtype: self.buffer = self.buffer.to(dtype)
+        return self.buffer.dtype
 
     def forecast(self,
         weights,  # [n] row of the plan's weights or checks

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RESIDUALS', 'TWO_THREADS', 'DENOISERS', 'RunStats', 'passes_of', 'is_finite', 'narrowest', 'relative_error', 'Report',
-           'Run', 'signature_of', 'SpectrumHook', 'is_feature', 'beneath_offloading', 'SpectrumHandle',
-           'apply_spectrum', 'find_denoisers', 'unwrapped']
+           'Run', 'signature_of', 'Reference', 'meshes_of', 'forget_compiled', 'SpectrumHook', 'is_feature',
+           'beneath_offloading', 'SpectrumHandle', 'apply_spectrum', 'find_denoisers', 'unwrapped']
 
-# %% ../nbs/09_hook.ipynb #bc991452
+# %% ../nbs/09_hook.ipynb #b1c9fde6
 import inspect, math, warnings
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.hooks.hooks import StateManager
+from diffusers.hooks.hooks import HookFunctionReference, StateManager
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -27,7 +27,7 @@ from .clock import CallClock, PipelineClock
 from .history import History
 from .plan import Plan, SpectrumConfig, check_number, make_plan
 
-# %% ../nbs/09_hook.ipynb #837d9f95
+# %% ../nbs/09_hook.ipynb #a1f2d2f7
 @dataclass(frozen=True)
 class RunStats:
     "What one finished run did in one context"
@@ -51,13 +51,13 @@ def passes_of(
 
 def is_finite(x):
     "Whether a tensor has neither infinities nor NaN; one pass over it, no copy"
-    return bool(torch.isfinite(torch.stack(torch.aminmax(x.detach()))).all())
+    return not x.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(x.detach()))).all())
 
 def narrowest(
     feature,    # tensor that a head was given
     signature,  # of the sample that the denoiser was given
 ):              # dtype that holds the feature without loss
-    "The precision of the model, where its head is given a wider copy of what the blocks returned (Wan's is given float32), as the first feature of a run shows; else the feature's own"
+    "The precision of the model, where its head is given a wider copy of what the blocks returned (Wan's is given float32); else the feature's own"
     dtype = signature[1] if signature and len(signature) == 3 and isinstance(signature[1], torch.dtype) else feature.dtype
     return dtype if dtype.is_floating_point and dtype.itemsize < feature.dtype.itemsize and torch.equal(feature.to(dtype).to(feature.dtype), feature) else feature.dtype
 
@@ -112,61 +112,98 @@ class Run:
         tolerance=None,   # measured error above which the step after a pass becomes a pass
         device='same',    # of the history
         measure=True,     # whether passes are compared with their forecasts
+        meshes=(),        # of processes that share the denoiser's weights or its sequence: they must decide alike
     ):
         self.context, self.key, self.first, self.n_steps, self.step, self.done = context, key, first, plan.n_steps, 0, False
         self.tolerance, self.device, self.measure, self.thread = tolerance, device, measure, get_ident()
-        self.passes, self.fallbacks, self.errors, self.forced, self.nbytes, self.signature = [], {}, {}, set(), 0, None
+        self.meshes = meshes
+        self.passes, self.fallbacks, self.errors, self.forced, self.nbytes, self.signature, self.kinds = [], {}, {}, set(), 0, None, None
         self.begin(plan, 0)
 
     def begin(self, plan, start):
         "Follow `plan` from step `start` on, with an empty history"
-        self.plan, self.start, self.histories, self.dtypes, self.kinds = plan, start, [], None, None
+        self.plan, self.start, self.histories = plan, start, []
+
+    def in_any(self, flag):
+        "Whether something holds here or in another process of the meshes: a block that one process runs and another skips would wait for ever"
+        for mesh in self.meshes:
+            for group in mesh.get_all_groups():
+                flags = torch.tensor(float(flag), device=mesh.device_type)
+                torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group)
+                flag = bool(flags)
+        return flag
 
     def weigh(self, row):
         "The tensors of the feature that a row of the plan makes, or None if a pass that it needs is missing"
         h = [h.forecast(row) for h in self.histories]
         return None if not h or any(x is None for x in h) else h
 
+    @torch.compiler.disable
     def forecast(self, i):
         "The tensors of the feature of step i, or None if it must be computed; a forecast that cannot be used is noted"
         if self.plan.is_pass[i - self.start] or i in self.forced: return None
         h = self.weigh(self.plan.weights[i - self.start])
-        if h is not None and all(map(is_finite, h)): return h
+        if not self.in_any(h is None or not all(map(is_finite, h))): return h
         self.fallbacks[i] = 'a pass that the forecast needs is missing' if h is None else 'the forecast is not finite'
 
+    @torch.compiler.disable
     def changed(self, feature):
         "Whether the tensors of a feature are not of the kind that is kept"
         kinds = [(x.shape, x.dtype) for x in feature]
         before, self.kinds = self.kinds, kinds
         return before not in (None, kinds)
 
+    @torch.compiler.disable
     def keep(self, i, feature):
         "Store the tensors of the feature of a pass, if they are finite; where the plan has a check, measure how well they would have been forecast"
         self.passes.append(i)
-        if not all(map(is_finite, feature)): return False
-        if self.dtypes is None: self.dtypes, self.histories = [narrowest(x, self.signature) for x in feature], [History(self.plan, self.device) for _ in feature]
-        feature = [x.to(d) for x, d in zip(feature, self.dtypes)]
+        if self.in_any(not all(map(is_finite, feature))): return False
+        if not self.histories: self.histories = [History(self.plan, self.device) for _ in feature]
+        feature = [x.to(h.widened(narrowest(x, self.signature))) for h, x in zip(self.histories, feature)]
         if self.measure and (h := self.weigh(self.plan.checks[i - self.start])) is not None: self.errors[i] = relative_error(h, feature)
         if self.plan.is_pass[i - self.start]:
             for history, x in zip(self.histories, feature): history.store(i - self.start, x)
         self.nbytes = max(self.nbytes, sum(h.nbytes for h in self.histories))
-        if self.tolerance is not None and i in self.errors and (e := self.errors[i].item()) > self.tolerance and i + 1 < self.n_steps and not self.plan.is_pass[i + 1 - self.start]:
+        if self.tolerance is not None and i in self.errors and i + 1 < self.n_steps and not self.plan.is_pass[i + 1 - self.start] and self.in_any((e := self.errors[i].item()) > self.tolerance):
             self.forced.add(i + 1); self.fallbacks[i + 1] = f'the error measured at step {i}, {e:.2g}, is above the tolerance'
         return True
 
+    @torch.compiler.disable
     def finish(self):
         "Give the memory back; the statistics of the run"
         self.done, self.histories = True, []
         at = lambda steps: {self.first + i: x for i, x in steps.items()}           # steps of the run, not of the share
         return RunStats(self.context, self.n_steps, [self.first + i for i in self.passes], at(self.fallbacks), at({i: e.item() for i, e in self.errors.items()}), self.nbytes)
 
-# %% ../nbs/09_hook.ipynb #f061132d
+# %% ../nbs/09_hook.ipynb #eff08b81
+@torch.compiler.disable
 def signature_of(value):
     "Shape, dtype and device of a tensor, or of the tensors in a list: what must not change within a run"
     if isinstance(value, (list, tuple)): return tuple(map(signature_of, value))
-    return (tuple(value.shape), value.dtype, value.device) if isinstance(value, torch.Tensor) else None
+    if not isinstance(value, torch.Tensor): return None
+    return tuple(value.shape), None if torch.is_autocast_enabled(value.device.type) else value.dtype, value.device      # autocast makes the same of any dtype
 
 RESIDUALS = ('down_block_additional_residuals', 'mid_block_additional_residual', 'down_intrablock_additional_residuals')   # a ControlNet's or adapter's, for the blocks of a U-Net
+
+class Reference(HookFunctionReference):
+    "Diffusers' pointer to what Spectrum calls: when a hook beneath is taken away, `forward` is set anew, and that must not replace Spectrum"
+    forward = property(lambda self: self.spectrum, lambda self, value: setattr(self, 'original_forward', value))
+
+    @classmethod
+    def of(cls, ref): ref.spectrum = vars(ref).pop('forward'); ref.__class__ = cls
+
+def meshes_of(
+    module,  # denoiser
+):           # tuple of device meshes
+    "The processes among which the denoiser's weights (FSDP, tensor parallelism) or its sequence (context parallelism) are divided"
+    parallel = getattr(getattr(module, '_parallel_config', None), 'context_parallel_config', None)
+    found = ([parallel._mesh] if parallel is not None else []) + [p.device_mesh for p in module.parameters() if hasattr(p, 'device_mesh')]
+    return tuple(dict.fromkeys(found))
+
+def forget_compiled(module):
+    "What Dynamo compiled of `forward` is not used any more: its guards do not look at the hooks of the heads"
+    forward = type(module).forward
+    while forward: torch._C._dynamo.eval_frame.reset_code(forward.__code__); forward = getattr(forward, '__wrapped__', None)
 
 class SpectrumHook(ModelHook):
     "Runs a denoiser in full or skips its blocks, as the plan of the run says"
@@ -190,14 +227,18 @@ class SpectrumHook(ModelHook):
         self.time_place = names.index(self.time_name) if self.time_name else None
         self.leads = frozenset(names).intersection(RESIDUALS)
         for name in self.anatomy.heads if self.anatomy else (): self.attached.enter_context(head_hook(module.get_submodule(name), self.at_head(name)))
+        forget_compiled(module)
         return module
 
     def deinitalize_hook(self, module):
         "Let go of the heads"
         self.attached.close()
+        forget_compiled(module)
         return module
 
     def reset_state(self, module=None): self.runs, self.calls = {}, {}
+
+    def __reduce_ex__(self, protocol): raise RuntimeError('a denoiser cannot be copied or pickled while Spectrum is applied: the copy would share its runs; remove() first, save_pretrained works')
 
     def at_head(self, name):
         "What is done with the first argument of a head"
@@ -208,14 +249,16 @@ class SpectrumHook(ModelHook):
             return h
         return exchange
 
-    def find_run(self, args, kwargs):
+    @torch.compiler.disable
+    def find_run(self, module, args, kwargs):
         "(run, step) of this call; a new run if the clock says so"
         try: name = self.contexts.context.name
         except ValueError: name = ''
         time = None if self.time_place is None else args[self.time_place] if len(args) > self.time_place else kwargs.get(self.time_name)
         moment = self.clock.now(time)
         key, step = moment.run, moment.step
-        name = f'{name} {moment.kind}'.strip()
+        if any(r.key is key and not r.done and r.thread != get_ident() for r in self.runs.values()): raise RuntimeError(TWO_THREADS.format(type(module).__name__))
+        name = ' '.join(filter(None, (name, moment.kind)))
         if step is not None:                            # a second call within a step is another context
             last = self.calls.get(name)
             nth = last[2] + 1 if last and last[0] is key and last[1] == step else 0
@@ -224,10 +267,10 @@ class SpectrumHook(ModelHook):
         run = self.runs.get(name)
         if run is None or run.key is not key or run.done or (step is not None and step < run.step):
             for hook in self.handle.hooks: hook.runs = {n: r for n, r in hook.runs.items() if r.key is key}       # what is left of an interrupted run
-            run = self.runs[name] = self.handle.new_run(moment, self.clock.label + name)
-        elif run.thread != get_ident(): raise RuntimeError(TWO_THREADS.format('denoiser'))
+            run = self.runs[name] = self.handle.new_run(moment, self.clock.label + name, module)
         return run, run.step if step is None else step
 
+    @torch.compiler.disable
     def begin_anew(self, run, i, start, why):
         "What was kept cannot be used from step `start` on: plan the rest of the run as a run of its own"
         run.fallbacks[i] = why
@@ -239,15 +282,16 @@ class SpectrumHook(ModelHook):
         try: return self.step(module, *args, **kwargs)
         finally: self.callers.clear(); self.seen = self.given = None
 
+    @torch.compiler.disable(recursive=False)
     def step(self, module, *args, **kwargs):
         "One call of the denoiser: a pass or a forecast"
         if getattr(module, 'is_cache_enabled', False):
             raise RuntimeError('a diffusers cache was enabled on this denoiser after Spectrum was applied; call disable_cache(), or handle.remove()')
         forward = self.fn_ref.original_forward
-        run, i = self.find_run(args, kwargs)
+        run, i = self.find_run(module, args, kwargs)
         if i >= run.n_steps: return forward(*args, **kwargs)
         signature = signature_of(args[0] if args else kwargs.get(self.sample_name))
-        if run.signature not in (None, signature): self.begin_anew(run, i, i, 'the input changed its shape, dtype or device: new history')
+        if run.signature not in (None, signature): self.begin_anew(run, i, i, 'the input changed its shape, dtype or device: new history'); run.kinds = None
         run.signature = signature
         if (h := run.forecast(i)) is not None: out = self.skip(run, h, module, args, kwargs)
         else:
@@ -258,6 +302,7 @@ class SpectrumHook(ModelHook):
         if run.step == run.n_steps: self.handle.stats.append(run.finish())
         return out
 
+    @torch.compiler.disable(recursive=False)
     def compute(self, run, module, args, kwargs):
         "(output, tensors of the feature) of a pass"
         self.seen = {}
@@ -273,6 +318,7 @@ class SpectrumHook(ModelHook):
             if run.heads[name] == len(feature): feature.append(x)
         return out, feature
 
+    @torch.compiler.disable(recursive=False)
     def skip(self, run, feature, module, args, kwargs):
         "The output of a forecast step"
         if self.anatomy is None:
@@ -287,7 +333,7 @@ def is_feature(x):
 
 TWO_THREADS = 'this {} is in the middle of a run in another thread: histories would mix; give each thread a pipeline and a denoiser of its own'
 
-# %% ../nbs/09_hook.ipynb #52e9c78b
+# %% ../nbs/09_hook.ipynb #8568b77d
 DENOISERS = ('transformer', 'transformer_2', 'unet')    # the names under which pipelines hold them
 
 @contextmanager
@@ -322,13 +368,13 @@ class SpectrumHandle:
             warnings.warn(f'a run of {n_steps} steps is no longer than the warm-up of {self.config.warmup}: every step is a full pass, nothing is saved', stacklevel=2)
         return make_plan(self.config, n_steps)
 
-    def new_run(self, moment, context):
+    def new_run(self, moment, context, module):
         "The `Run` that begins at a moment"
         plan = self.plan_for(moment.n_steps)
         if moment.noisy and isinstance(self.config, SpectrumConfig) and len(plan.passes) < plan.n_steps:
             raise ValueError(f'{moment.noisy} adds noise at every step: features then jump, and their forecasts are worthless (measured on the page "samplers"). Use a deterministic scheduler, or fewer steps of this one; a Plan of your own is followed as it is')
         if moment.n_calls not in (None, plan.n_steps): plan = plan.first(moment.n_calls)
-        return Run(plan, context, moment.run, moment.first, getattr(self.config, 'tolerance', None), self.history_device, self.measure)
+        return Run(plan, context, moment.run, moment.first, getattr(self.config, 'tolerance', None), self.history_device, self.measure, meshes_of(module))
 
     def _add(self, denoiser, anatomy, clock):
         if self.feature == 'output': anatomy = None
@@ -339,8 +385,11 @@ class SpectrumHandle:
                 if hook_name == SpectrumHook.NAME: raise RuntimeError(f'Spectrum is already applied to this {name}; call remove() on its handle first')
                 if hook._is_stateful: raise RuntimeError(f'this {name} has the cache {hook_name!r} of diffusers enabled; disable it first, two caches would corrupt each other')
         hook = SpectrumHook(self, anatomy, clock)
-        with beneath_offloading(denoiser): HookRegistry.check_if_exists_or_initialize(denoiser).register_hook(hook, SpectrumHook.NAME)
-        self._hooked.append((denoiser, fresh)); self.hooks.append(hook)
+        with beneath_offloading(denoiser):
+            HookRegistry.check_if_exists_or_initialize(denoiser).register_hook(hook, SpectrumHook.NAME)
+            Reference.of(hook.fn_ref)
+            self._hooked.append((denoiser, fresh, hook, denoiser.forward))
+        self.hooks.append(hook)
 
     def report(self):
         "A `Report` on the finished runs"
@@ -353,13 +402,18 @@ class SpectrumHandle:
             if isinstance(hook.clock, CallClock): hook.clock.reset()
 
     def remove(self):
-        "Put every denoiser back as it was; the statistics stay"
+        "Put every denoiser back as it was; the statistics stay. A `RuntimeError` in the middle of a call"
+        if any(hook.callers for hook in self.hooks): raise RuntimeError('Spectrum cannot be removed in the middle of a call of the denoiser; remove it when the call is over')
+        for hook in self.hooks: hook.reset_state()
         self.hooks.clear()
         while self._hooked:
-            denoiser, fresh = self._hooked.pop()
+            denoiser, fresh, hook, ours = self._hooked.pop()
             registry = denoiser._diffusers_hook
             with beneath_offloading(denoiser):
+                outer = vars(denoiser).get('forward') if registry._hook_order[-1] == SpectrumHook.NAME else ours
                 registry.remove_hook(SpectrumHook.NAME, recurse=False)
+                hook.fn_ref.spectrum = hook.fn_ref.original_forward                     # for a wrapper that somebody has put around `forward` since, and keeps
+                if outer is not ours: denoiser.forward = outer
                 if getattr(vars(denoiser).get('forward'), '__func__', None) is type(denoiser).forward and '_old_forward' not in vars(denoiser): del denoiser.forward
             if fresh and not registry.hooks: del denoiser._diffusers_hook
 
@@ -367,7 +421,7 @@ class SpectrumHandle:
     def __exit__(self, *_): self.remove()
     def __repr__(self): return f'<Spectrum {self.config} on {[type(d).__name__ for d, *_ in self._hooked] or "nothing (removed)"}, {len(self.stats)} finished runs>'
 
-# %% ../nbs/09_hook.ipynb #26aea178
+# %% ../nbs/09_hook.ipynb #5228f0b4
 def apply_spectrum(
     target,            # a diffusers pipeline (all its denoisers), or a bare denoiser
     config=None,       # SpectrumConfig, planned anew for each run's length, or a Plan; by default `SpectrumConfig()`
@@ -415,5 +469,6 @@ def find_denoisers(pipe):
     return {n: unwrapped(m) for n in DENOISERS if isinstance(m := getattr(pipe, n, None), nn.Module)}
 
 def unwrapped(module):
-    "The module that `torch.compile` wrapped, or the module itself"
-    return getattr(module, '_orig_mod', module)
+    "The module that `torch.compile` or a process group's wrapper wrapped, or the module itself"
+    while inner := getattr(module, '_orig_mod', None) or (module.module if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)) else None): module = inner
+    return module

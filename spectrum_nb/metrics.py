@@ -12,7 +12,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from .clips import clip_agreement
 from .shapes import caption_agreement
 
-# %% ../nbs/22_metrics.ipynb #256a0370
+# %% ../nbs/22_metrics.ipynb #9a3d06fd
 def as_array(image):
     "[height, width, 3] float64 in [0, 1] of a PIL image, an array in [0, 1] or one of bytes"
     a = np.asarray(image)
@@ -45,20 +45,21 @@ def relative_l2(
 def paired(a, b):
     "Both as float arrays; a `ValueError` if their shapes differ"
     a, b = as_array(a), as_array(b)
-    if a.shape != b.shape: raise ValueError(f'cannot compare pictures of shapes {a.shape} and {b.shape}: make them of one size first')
+    if a.shape != b.shape: raise ValueError(f'cannot compare samples of shapes {a.shape} and {b.shape}: make them of one size first')
     return a, b
 
 def still(sample):
     "The picture, or the frame in the middle of a clip"
     return sample if np.ndim(sample) == 3 else sample[len(sample)//2]
 
-# %% ../nbs/22_metrics.ipynb #6be9062c
+# %% ../nbs/22_metrics.ipynb #f8f715a7
 def fidelity(
     sample,     # picture, or clip [frames, h, w, 3]
     reference,  # of the same shape
 ):              # dict of PSNR, SSIM, relative L2; of a clip, means over its frames
     "How far a sample is from the one that full steps made"
-    pairs = list(zip(sample, reference, strict=True)) if np.ndim(sample) == 4 else [(sample, reference)]
+    sample, reference = paired(sample, reference)
+    pairs = list(zip(sample, reference)) if sample.ndim == 4 else [(sample, reference)]
     return {f.__name__: finite_mean([f(a, b) for a, b in pairs]) for f in (psnr, ssim, relative_l2)}
 
 def finite_mean(values, otherwise=float('inf')):

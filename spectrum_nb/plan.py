@@ -16,7 +16,7 @@ import numpy as np
 from .forecast import forecast_weights, newton_weights
 from .schedule import window_passes
 
-# %% ../nbs/05_plan.ipynb #359613f4
+# %% ../nbs/05_plan.ipynb #30e710de
 @dataclass(frozen=True)
 class SpectrumConfig:
     "Settings of Spectrum; a `ValueError` (wrong value) or `TypeError` (wrong kind) names what cannot work"
@@ -44,9 +44,11 @@ def check_number(name, value, low, kind=Real, high=None):
     "Raise unless `value` is a finite number of `kind` with low ≤ value ≤ high"
     want = f'{"an integer" if kind is Integral else "a number"} {f"from {low} to {high}" if high is not None else f">= {low}"}'
     if isinstance(value, bool) or not isinstance(value, kind): raise TypeError(f'{name} must be {want}, not {value!r}')
-    if not (math.isfinite(value) and value >= low and (high is None or value <= high)): raise ValueError(f'{name} must be {want}, not {value!r}')
+    try: finite = math.isfinite(value)
+    except OverflowError: finite = False        # an integer beyond every float
+    if not (finite and value >= low and (high is None or value <= high)): raise ValueError(f'{name} must be {want}, not {value!r}')
 
-# %% ../nbs/05_plan.ipynb #cbca005a
+# %% ../nbs/05_plan.ipynb #7b8ecdd9
 @dataclass(frozen=True, eq=False)
 class Plan:
     "Which steps of a run are passes, and the weights that make every other step's feature from them"
@@ -56,10 +58,12 @@ class Plan:
     name:str='plan'          # what it is, for tables and figures
 
     def __post_init__(self):
-        W = np.array(self.weights, dtype=np.float64)
+        try: W, passes = np.array(self.weights, dtype=np.float64), list(self.passes)
+        except OverflowError: raise ValueError('weights must be finite') from None
         if W.ndim != 2 or W.shape[0] != W.shape[1] or len(W) == 0: raise ValueError(f'weights must be a square matrix [n, n], not of shape {W.shape}')
-        n, passes = len(W), [int(p) for p in self.passes]
-        if passes != list(self.passes): raise ValueError(f'passes must be integers, got {list(self.passes)}')
+        n = len(W)
+        if not all(isinstance(p, Integral) or isinstance(p, Real) and math.isfinite(p) and p == int(p) for p in passes): raise ValueError(f'passes must be integers, got {passes}')
+        passes = [int(p) for p in passes]
         if passes != sorted(set(passes)) or passes[:1] != [0] or passes[-1] >= n:
             raise ValueError(f'passes must ascend from 0 to at most {n - 1}, got {passes}')
         C = np.zeros((n, n)) if self.checks is None else np.array(self.checks, dtype=np.float64)
@@ -69,6 +73,7 @@ class Plan:
         earlier = np.tril(np.ones((n, n), bool), -1) & np.isin(np.arange(n), passes)
         if (W - np.diag(np.diag(W)))[~earlier].any() or np.delete(np.diag(W), passes).any() or C[~earlier].any():
             raise ValueError('a forecast may only use passes before it')
+        if not (W != 0).any(1).all(): raise ValueError(f'step {int(np.argmin((W != 0).any(1)))} is no pass and its row of weights is zero: it needs passes to be forecast from')
         for name, value in (('passes', passes), ('weights', W), ('checks', C)): object.__setattr__(self, name, value)
         W.setflags(write=False); C.setflags(write=False)
 

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['read_prompts', 'Job', 'all_jobs', 'make_sample', 'save_sample', 'load_sample', 'sample_all', 'claim', 'find_sample',
-           'finished', 'summarise', 'spread', 'contact_sheet', 'compare_folders', 'comparison_strip']
+           'finished', 'summarise', 'spread', 'contact_sheet', 'compare_folders', 'both', 'comparison_strip']
 
-# %% ../nbs/26_runs.ipynb #cad34425
+# %% ../nbs/26_runs.ipynb #5f799c8f
 import hashlib, json, re, textwrap, traceback, unicodedata
+from collections import defaultdict
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 
 import imageio
@@ -25,8 +27,9 @@ from .bench import finite, now, provenance, save_json
 from .figures import in_style, new_figure, save_figure, whole_file
 from .hook import apply_spectrum, passes_of
 from .metrics import as_array, fidelity, finite_mean, still
+from .presets import first_line, read_json
 
-# %% ../nbs/26_runs.ipynb #eb79d24b
+# %% ../nbs/26_runs.ipynb #217cb979
 def read_prompts(
     path,            # text file, UTF-8, one prompt a line; blank lines and lines beginning with # are skipped
     limit:int=None,  # how many to use, by default all
@@ -34,7 +37,7 @@ def read_prompts(
     "The prompts of a file; a `ValueError` says what is wrong with it"
     try: text = Path(path).read_text(encoding='utf-8-sig')
     except UnicodeDecodeError as e: raise ValueError(f'{path} is not UTF-8 (byte {e.start}); save it as UTF-8 text') from None
-    prompts = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith('#')]
+    prompts = [line.strip() for line in text.split('\n') if line.strip() and not line.strip().startswith('#')]
     if not prompts: raise ValueError(f'{path} holds no prompt: write one a line')
     return prompts[:limit]
 
@@ -58,10 +61,10 @@ def all_jobs(
     seeds,    # seeds for each of them
 ):            # list of Job
     "Every prompt with every seed, prompt by prompt"
-    nth = [prompts[:i].count(p) for i, p in enumerate(prompts)]
-    return [Job(p, s, n) for p, n in zip(prompts, nth) for s in seeds]
+    before = defaultdict(count)
+    return [Job(p, s, n) for p in prompts for n in [next(before[p])] for s in seeds]
 
-# %% ../nbs/26_runs.ipynb #f0430885
+# %% ../nbs/26_runs.ipynb #99834329
 def make_sample(
     pipe,       # pipeline
     prompt,     # what to draw
@@ -78,6 +81,7 @@ def make_sample(
         if handle: handle.remove()
     sample = out.frames[0] if hasattr(out, 'frames') else out.images[0]
     passes = passes_of(handle.stats) if handle else {'': list(range(n_steps))}
+    if not np.isfinite(sample).all(): raise RuntimeError('the sample holds NaN or infinity')
     return np.asarray(sample), dict(seconds=now() - start, passes=passes, runs=[asdict(s) for s in handle.stats] if handle else [])
 
 def save_sample(
@@ -87,23 +91,23 @@ def save_sample(
     exact:bool=False, # keep a clip without loss too (FFV1, .mkv), to measure against
 ):             # the file
     "Save a picture as PNG, a clip as MP4 with its first frame as PNG; whole or not at all"
-    path = Path(path)
-    with whole_file(path.with_name(path.name + '.png')) as part: Image.fromarray((255*(sample if sample.ndim == 3 else sample[0])).round().astype(np.uint8)).save(part)
-    if sample.ndim == 3: return path.with_name(path.name + '.png')
-    if exact:
-        with whole_file(path.with_name(path.name + '.mkv')) as part, imageio.get_writer(part, fps=fps, codec='ffv1', pixelformat='bgr0', macro_block_size=1, quality=None) as film:
-            for frame in sample: film.append_data((255*frame).round().astype(np.uint8))
-    movie = path.with_name(path.name + '.mp4')
-    with whole_file(movie) as part: export_to_video(list(sample), str(part), fps=fps, quality=9, macro_block_size=2)
-    return movie
+    beside = lambda suffix: Path(path).with_name(Path(path).name + suffix)
+    if sample.ndim == 4:
+        if exact:
+            with whole_file(beside('.mkv')) as part, imageio.get_writer(part, fps=fps, codec='ffv1', pixelformat='bgr0', macro_block_size=1, quality=None) as film:
+                for frame in sample: film.append_data((255*frame).round().astype(np.uint8))
+        with whole_file(beside('.mp4')) as part: export_to_video(list(sample), str(part), fps=fps, quality=9, macro_block_size=2)
+    with whole_file(beside('.png')) as part: Image.fromarray((255*(sample if sample.ndim == 3 else sample[0])).round().astype(np.uint8)).save(part)
+    return beside('.png' if sample.ndim == 3 else '.mp4')
 
 def load_sample(
     path,  # PNG, MP4 or MKV
 ):         # picture or clip as float array in [0, 1]
-    "A saved sample; a clip as its frames"
-    return np.stack([as_array(f) for f in iio.imiter(path)]) if Path(path).suffix in ('.mp4', '.mkv') else as_array(Image.open(path).convert('RGB'))
+    "A saved sample; a clip as its frames; a `ValueError` names the file that cannot be read"
+    try: return np.stack([as_array(f) for f in iio.imiter(path)]) if Path(path).suffix in ('.mp4', '.mkv') else as_array(Image.open(path).convert('RGB'))
+    except Exception as e: raise ValueError(f'{path} cannot be read: {first_line(e)}') from e
 
-# %% ../nbs/26_runs.ipynb #003e3dcc
+# %% ../nbs/26_runs.ipynb #92011ff1
 def sample_all(
     pipe,             # pipeline
     jobs,             # list of Job
@@ -129,7 +133,6 @@ def sample_all(
             note = folder/'failed'/f'{job.name}.json'
             try:
                 sample, ran = make_sample(pipe, job.prompt, job.seed, n_steps, config, call)
-                if not np.isfinite(sample).all(): raise RuntimeError('the sample holds NaN or infinity')
                 runs = ran.pop('runs')
                 ran |= {what: {r['context']: r[what] for r in runs if r[what]} for what in ('errors', 'fallbacks')}
                 if reference: ran['against full'] = fidelity(sample, load_sample(find_sample(reference, job.name)))
@@ -147,7 +150,7 @@ def claim(folder, settings):
     "Write settings.json, or raise a `ValueError` if the folder holds samples of other settings"
     path, settings = Path(folder)/'settings.json', json.loads(json.dumps(finite(settings)))
     if path.exists():
-        there = json.loads(path.read_text(encoding='utf-8'))
+        there = read_json(path)
         if other := {k: (there.get(k), settings.get(k)) for k in there.keys() | settings.keys() if there.get(k) != settings.get(k)}:
             raise ValueError(f'{folder} holds samples of other settings: ' + ', '.join(f'{k} was {a!r}, now {b!r}' for k, (a, b) in sorted(other.items())) + '; use another --name or --out')
     else: save_json(settings, path)
@@ -155,18 +158,19 @@ def claim(folder, settings):
 def find_sample(folder, name):
     "The file of a finished sample, the one without loss if there are two"
     exact = Path(folder)/f'{name}.mkv'
-    return exact if exact.exists() else Path(folder)/json.loads((Path(folder)/f'{name}.json').read_text(encoding='utf-8'))['file']
+    return exact if exact.exists() else Path(folder)/read_json(Path(folder)/f'{name}.json', file=str)['file']
 
-def finished(folder):
-    "{name: its JSON} of the finished samples of a folder, in order of name"
-    return {p.stem: json.loads(p.read_text(encoding='utf-8')) for p in sorted(Path(folder).glob('*.json')) if p.name not in ('settings.json', 'summary.json')}
+def finished(folder, **kinds):
+    "{name: its JSON} of the finished samples of a folder, in order of name; `kinds` as in `read_json`"
+    kinds = dict(file=str, passes=dict, seconds=int | float | None) | kinds
+    return {p.stem: read_json(p, **kinds) for p in sorted(Path(folder).glob('*.json')) if p.name not in ('settings.json', 'summary.json')}
 
-# %% ../nbs/26_runs.ipynb #0174917a
+# %% ../nbs/26_runs.ipynb #b0ea1e75
 def summarise(
     folder,  # of samples
 ):           # dict: samples, failures, mean seconds, passes, forecast errors, and fidelity where it was measured
     "The summary of a folder, also saved there as summary.json, with a contact sheet"
-    rows = list(finished(folder).values())
+    rows = list(finished(folder, prompt=str, errors=dict).values())
     out = dict(samples=len(rows), failed=sorted(p.stem for p in (Path(folder)/'failed').glob('*.json')), seconds=finite_mean((r['seconds'] for r in rows), None),
                passes=finite_mean((len(p) for r in rows for p in r['passes'].values()), None), forecast_error=finite_mean((e for r in rows for c in r['errors'].values() for e in c.values()), None))
     if against := [r['against full'] for r in rows if 'against full' in r]: out['against full'] = spread(against)
@@ -188,7 +192,7 @@ def contact_sheet(
     n_cols:int=8, # in a row
 ):               # figure
     "The first samples of a folder, each with its prompt"
-    rows = list(finished(folder).values())[:n]
+    rows = list(finished(folder, prompt=str).values())[:n]
     n_rows = -(-len(rows)//n_cols)
     fig, axs = new_figure(n_cols, height=1.15*n_rows + .3, n_rows=n_rows, squeeze=False)
     for ax in axs.flat: ax.axis('off')
@@ -201,14 +205,21 @@ def compare_folders(
     a,  # folder of samples to judge
     b,  # folder of the samples to judge them by
 ):      # (dict of mean and spread over pairs, list of (name, dict of scores))
-    "PSNR, SSIM and relative error between the samples of two folders that have the same prompt and seed; MP4 compression included"
+    "PSNR, SSIM and relative error between the samples of two folders that have the same prompt and seed; of clips without loss where a folder keeps them, else with what MP4 costs"
     left, right = finished(a), finished(b)
     common = [n for n in left if n in right]
     if not common: raise ValueError(f'{a} ({len(left)} samples) and {b} ({len(right)} samples) have no prompt and seed in common')
-    scores = [(n, fidelity(load_sample(Path(a)/left[n]['file']), load_sample(Path(b)/right[n]['file']))) for n in tqdm(common, desc='comparing')]
+    scores = [(n, fidelity(*both(a, b, n))) for n in tqdm(common, desc='comparing')]
     return dict(pairs=len(common), only_a=len(left) - len(common), only_b=len(right) - len(common),
                 passes=[finite_mean((len(p) for n in common for p in side[n]['passes'].values()), None) for side in (left, right)],
                 seconds=[finite_mean((side[n]['seconds'] for n in common), None) for side in (left, right)]) | spread([s for _, s in scores]), scores
+
+def both(a, b, name):
+    "The sample of one name in two folders; a `ValueError` names the files if their shapes differ"
+    one, other = find_sample(a, name), find_sample(b, name)
+    x, y = load_sample(one), load_sample(other)
+    if x.shape != y.shape: raise ValueError(f'cannot compare {one}, of shape {x.shape}, with {other}, of shape {y.shape}: make them of one size and length first')
+    return x, y
 
 @in_style
 def comparison_strip(
@@ -220,7 +231,7 @@ def comparison_strip(
     "Pairs of samples above each other with their difference, four times enlarged, and PSNR"
     fig, axs = new_figure(min(n, len(scores)), height=3.3, n_rows=3, squeeze=False)
     for (name, score), column in zip(scores, axs.T):
-        x, y = (still(load_sample(find_sample(f, name))) for f in (a, b))
+        x, y = map(still, both(a, b, name))
         for ax, image in zip(column, (x, y, np.clip(4*np.abs(x - y), 0, 1))): ax.imshow(image, interpolation='nearest'); ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
         column[2].set_xlabel(f'{score["psnr"]:.1f} dB', fontsize=7)
     for ax, label in zip(axs[:, 0], (Path(a).name, Path(b).name, 'difference ×4')): ax.set_ylabel(label, fontsize=7)

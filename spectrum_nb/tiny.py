@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['PICTURES', 'CLIPS', 'RECIPES', 'fit', 'training_set', 'batch_at', 'train_vae', 'teach_stills', 'scale_latents',
-           'encode_all', 'noise_batch', 'like', 'mix_flow', 'train_denoiser', 'distil_guidance', 'save_pipeline',
-           'mix_schedule', 'World', 'Recipe', 'train_tiny']
+           'encode_all', 'noise_batch', 'like', 'mix_flow', 'train_denoiser', 'distil_guidance', 'check_place',
+           'save_pipeline', 'mix_schedule', 'World', 'Recipe', 'train_tiny']
 
-# %% ../nbs/21_tiny.ipynb #66894c16
+# %% ../nbs/21_tiny.ipynb #90b060f0
 import copy, json, math, os, shutil
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +26,13 @@ from tqdm.auto import tqdm
 from .clips import DIRECTIONS, all_clips, draw_clip, split_clips
 from .flux import flux_embeds, flux_velocity, new_tiny_flux
 from .hunyuan_video import hunyuan_embeds, hunyuan_velocity, new_tiny_hunyuan
+from .plan import check_number
 from .sd3 import new_tiny_sd3, sd3_embeds, sd3_velocity
 from .sdxl import new_tiny_sdxl, sdxl_embeds, sdxl_noise
 from .shapes import all_scenes, draw, split_scenes
 from .wan import new_tiny_wan, wan_embeds, wan_velocity
 
-# %% ../nbs/21_tiny.ipynb #bb0ae721
+# %% ../nbs/21_tiny.ipynb #d4e126f2
 def fit(
     name:str,            # what is trained, for the progress bar and the checkpoint
     params,              # list of parameters
@@ -43,19 +45,23 @@ def fit(
     save_every:int=250,  # steps between checkpoints
 ):                       # mean loss of the last `save_every` steps
     "Minimise a loss; leave the averaged weights in `params`; go on where an interrupted run stopped"
+    check_number(f'the steps of {name}', n_steps, 0, Integral)
     path = Path(folder)/f'{name}.safetensors'
     path.parent.mkdir(parents=True, exist_ok=True)
     opt = torch.optim.AdamW(params, lr=lr, betas=(.9, .99), weight_decay=.01)
     rate = lambda s: min((s + 1)/warmup, .02 + .98*(1 + math.cos(math.pi*min(s/n_steps, 1)))/2)
     ema, start, losses = EMAModel(params, decay=ema_decay, use_ema_warmup=True, power=.75), 0, []
-    if path.exists():
+    def resume():
         saved = load_file(path)
-        start = int(saved['step'])
         for i, p in enumerate(params):
             p.data.copy_(saved[f'{i}.weight'])
             ema.shadow_params[i].copy_(saved[f'{i}.average'])
             if f'{i}.step' in saved: opt.state[p] = dict(step=saved[f'{i}.step'], exp_avg=saved[f'{i}.first'], exp_avg_sq=saved[f'{i}.second'])
-        ema.optimization_step, losses = start, [saved['loss'].item()]
+        ema.optimization_step = int(saved['step'])
+        return ema.optimization_step, [saved['loss'].item()]
+    if path.exists():
+        try: start, losses = resume()
+        except Exception as e: raise ValueError(f'{path} is damaged or of another training ({type(e).__name__}); remove it, and this stage begins anew') from e
     def checkpoint(step):
         state = dict(step=torch.tensor(step), loss=torch.tensor(np.mean(losses[-save_every:])))
         for i, p in enumerate(params):
@@ -255,15 +261,25 @@ def distil_guidance(
         return F.mse_loss(velocity(pipe, x, sigma, text, g), target)
     return fit('guidance', list(pipe.transformer.parameters()), loss_at, n_steps, folder, lr)
 
-# %% ../nbs/21_tiny.ipynb #eecee02c
+# %% ../nbs/21_tiny.ipynb #9cc70beb
+def check_place(
+    folder,  # where a pipeline is to go
+):
+    "Raise a `ValueError` if something is there that is no pipeline"
+    folder = Path(folder)
+    if folder.is_symlink() or folder.is_file(): raise ValueError(f'{folder} is no folder; a pipeline needs one of its own')
+    if folder.is_dir() and any(folder.iterdir()) and not (folder/'model_index.json').is_file():
+        raise ValueError(f'{folder} holds something else than a pipeline, which would be lost; choose another folder')
+
 def save_pipeline(
     pipe,    # any diffusers pipeline
-    folder,  # where it goes; a pipeline that is there is replaced
+    folder,  # where it goes; a pipeline that is there is replaced, anything else is refused
     notes,   # dict, saved beside it as training.json
 ):           # the folder
     "Save a pipeline in half precision and safetensors, whole or not at all"
+    check_place(folder)
     folder = Path(folder)
-    part = folder.with_name(folder.name + '.part')
+    part = folder.with_name(f'.part-{folder.name}')
     shutil.rmtree(part, ignore_errors=True)
     pipe = copy.copy(pipe)
     for name, module in pipe.components.items():
@@ -285,7 +301,7 @@ def mix_schedule(
         return a.sqrt()*x + (1 - a).sqrt()*noise, t, noise
     return mix
 
-# %% ../nbs/21_tiny.ipynb #7abd1421
+# %% ../nbs/21_tiny.ipynb #5dfcb5da
 @dataclass(frozen=True)
 class World:
     "What a model is shown"
@@ -328,7 +344,10 @@ def train_tiny(
     "Train a tiny pipeline from nothing; half an hour to an hour on two cores, resumable"
     if not isinstance(model, Recipe) and model not in RECIPES: raise ValueError(f'no recipe for {model!r}; choose one of {", ".join(RECIPES)}')
     recipe, work = model if isinstance(model, Recipe) else RECIPES[model], Path(folder).with_name(Path(folder).name + '.work')
+    check_place(folder)
     if unknown := [s for s in steps or {} if s not in recipe.steps]: raise ValueError(f'{model if recipe is not model else "this recipe"} is trained without a stage {", ".join(unknown)}; its stages are {", ".join(recipe.steps)}')
+    for name, n in (steps or {}).items(): check_number(f'the steps of {name}', n, 0, Integral)
+    check_number('seed', seed, 0, Integral, 10**12)             # each step's own is a million times as large, and must fit 64 bits
     steps, n_each, losses = recipe.steps | (steps or {}), n_each or recipe.world.n_each, {}
     stage = lambda name: dict(n_steps=steps[name], folder=work) | {k: d[name] for k, d in (('batch', recipe.batch), ('lr', recipe.rate)) if name in d}
     shared = [] if not recipe.around_vae else [AutoencoderKL.from_pretrained(str(files('spectrum_nb')/'weights'/'tiny-flux'), subfolder='vae')]
@@ -345,5 +364,6 @@ def train_tiny(
         losses['noisier'] = train_denoiser(pipe, recipe.predict, recipe.embeds, params, latents, captions, mix=mix, seed=seed + 3, name='noisier', **stage('noisier'))
     if 'guidance' in steps: losses['guidance'] = distil_guidance(pipe, recipe.predict, recipe.embeds, latents, captions, mix=mix, seed=seed + 2, **stage('guidance'))
     save_pipeline(pipe, folder, dict(model=None if recipe is model else model, steps=steps, n_each=n_each, seed=seed, losses=losses, torch=torch.__version__))
-    shutil.rmtree(work)
+    for name in steps: (work/f'{name}.safetensors').unlink(missing_ok=True)
+    if not any(work.iterdir()): work.rmdir()
     return pipe, losses
