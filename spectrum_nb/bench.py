@@ -186,9 +186,9 @@ def loop_bench(
         rows.append(dict(run=name, passes=passes, seconds=round(float(np.median(own)), 3), speedup=round(float(speedup), 2), efficiency=efficiency[1], quartiles=f'{efficiency[0]} {efficiency[2]}'))
     return rows
 
-# %% ../nbs/24_bench.ipynb #6a54e960
+# %% ../nbs/24_bench.ipynb #f37c76ab
 CLIP = dict(height=128, width=128, num_frames=49)
-LOOPS = (('tiny-flux', 1, {}), ('tiny-flux', 8, dict(height=128, width=128)), ('tiny-sd3', 64, {}), ('tiny-sdxl', 1, dict(height=384, width=384)), ('tiny-hunyuan', 1, CLIP), ('tiny-wan', 1, CLIP))   # model, batch, size
+LOOPS = (('tiny-flux', 1, {}), ('tiny-flux', 8, dict(height=128, width=128)), ('tiny-sd3', 64, {}), ('tiny-sdxl', 1, dict(height=320, width=320)), ('tiny-hunyuan', 1, CLIP), ('tiny-wan', 1, CLIP))   # model, batch, size
 
 def loops_bench(
     rounds:int=7,  # rounds of each loop
