@@ -791,10 +791,6 @@ def test_int8_weights(name, order):
     assert 0 < relative(quantised, plain) < .2
 
 
-def test_bitsandbytes():
-    pytest.importorskip('bitsandbytes')
-
-
 # What a call can ask for
 
 @pytest.mark.parametrize('name', ALL)

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['RESIDUALS', 'TWO_THREADS', 'DENOISERS', 'RunStats', 'passes_of', 'is_finite', 'narrowest', 'relative_error', 'Report',
            'Run', 'signature_of', 'Reference', 'meshes_of', 'forget_compiled', 'SpectrumHook', 'is_feature',
-           'beneath_offloading', 'SpectrumHandle', 'apply_spectrum', 'find_denoisers', 'unwrapped']
+           'beneath_offloading', 'SpectrumHandle', 'apply_spectrum', 'find_denoisers']
 
-# %% ../nbs/09_hook.ipynb #b1c9fde6
-import inspect, math, warnings
+# %% ../nbs/09_hook.ipynb #45b383e4
+import inspect, warnings
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from numbers import Integral
@@ -23,11 +23,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from .anatomy import Anatomy, check_anatomy, find_anatomy, head_hook, without
-from .clock import CallClock, PipelineClock
+from .clock import CallClock, PipelineClock, unwrapped
 from .history import History
 from .plan import Plan, SpectrumConfig, check_number, make_plan
 
-# %% ../nbs/09_hook.ipynb #a1f2d2f7
+# %% ../nbs/09_hook.ipynb #1a779a4f
 @dataclass(frozen=True)
 class RunStats:
     "What one finished run did in one context"
@@ -47,7 +47,7 @@ def passes_of(
     "The passes of one run, context by context"
     out = {}
     for s in stats: out.setdefault(s.context.rsplit('/')[-1], []).extend(s.passes)
-    return {c: sorted(p) for c, p in out.items()}
+    return {c: sorted(set(p)) for c, p in out.items()}
 
 def is_finite(x):
     "Whether a tensor has neither infinities nor NaN; one pass over it, no copy"
@@ -74,16 +74,16 @@ class Report:
 
     def rows(self):
         "One dict a run and context"
-        return [dict(run=i, context=s.context or '·', steps=s.n_steps, passes=s.n_passes, error=float(np.mean(list(s.errors.values()))) if s.errors else None,
+        return [dict(entry=i, context=s.context or '·', steps=s.n_steps, passes=s.n_passes, error=float(np.mean(list(s.errors.values()))) if s.errors else None,
                      largest=max(s.errors.values(), default=None), fallbacks=len(s.fallbacks), MiB=s.nbytes/2**20) for i, s in enumerate(self.stats)]
 
     def _cells(self):
         text = lambda v: '–' if v is None else f'{v:.3g}' if isinstance(v, float) else str(v)
-        return [['run', 'context', 'steps', 'passes', 'mean error', 'largest', 'fallbacks', 'history, MiB'], *[[text(v) for v in r.values()] for r in self.rows()]]
+        return [['entry', 'context', 'steps', 'passes', 'mean error', 'largest', 'fallbacks', 'history, MiB'], *[[text(v) for v in r.values()] for r in self.rows()]]
 
     def __str__(self):
         cells = self._cells(); width = [max(map(len, column)) for column in zip(*cells)]
-        notes = [f'run {i}{" " + s.context if s.context else ""}, step {step}: {why}' for i, s in enumerate(self.stats) for step, why in s.fallbacks.items()]
+        notes = [f'entry {i}{" " + s.context if s.context else ""}, step {step}: {why}' for i, s in enumerate(self.stats) for step, why in s.fallbacks.items()]
         return '\n'.join(['  '.join(f'{c:>{w}}' for c, w in zip(row, width)) for row in cells] + notes)
 
     def _repr_markdown_(self):
@@ -97,7 +97,7 @@ class Report:
         from spectrum_nb.figures import in_style, new_figure
         if ax is None: ax = in_style(new_figure)(height=2.4)[1]
         for i, s in enumerate(self.stats):
-            if s.errors: ax.semilogy(s.errors.keys(), [max(e, 1e-9) for e in s.errors.values()], '.-', label=f'run {i} {s.context}'.strip())
+            if s.errors: ax.semilogy(s.errors.keys(), [max(e, 1e-9) for e in s.errors.values()], '.-', label=f'entry {i} {s.context}'.strip())
         ax.set(xlabel='pass at step', ylabel='relative error')
         if ax.get_legend_handles_labels()[0]: ax.legend()
         return ax
@@ -171,11 +171,11 @@ class Run:
     @torch.compiler.disable
     def finish(self):
         "Give the memory back; the statistics of the run"
-        self.done, self.histories = True, []
+        self.done, self.histories, self.leaves, self.form = True, [], None, None
         at = lambda steps: {self.first + i: x for i, x in steps.items()}           # steps of the run, not of the share
         return RunStats(self.context, self.n_steps, [self.first + i for i in self.passes], at(self.fallbacks), at({i: e.item() for i, e in self.errors.items()}), self.nbytes)
 
-# %% ../nbs/09_hook.ipynb #eff08b81
+# %% ../nbs/09_hook.ipynb #8648e5a5
 @torch.compiler.disable
 def signature_of(value):
     "Shape, dtype and device of a tensor, or of the tensors in a list: what must not change within a run"
@@ -244,7 +244,9 @@ class SpectrumHook(ModelHook):
         "What is done with the first argument of a head"
         @torch.compiler.disable
         def exchange(h):
-            if self.given is not None: return self.given[name].to(h.dtype)
+            if self.given is not None:
+                if name not in self.given: raise RuntimeError(f'the head {name!r} is called at a forecast step, and was not at the last pass: a stream that comes and goes within a run cannot be forecast')
+                return self.given[name].to(h.dtype)
             if self.seen is not None: self.seen.setdefault(name, []).append(h)
             return h
         return exchange
@@ -262,7 +264,9 @@ class SpectrumHook(ModelHook):
         if step is not None:                            # a second call within a step is another context
             last = self.calls.get(name)
             nth = last[2] + 1 if last and last[0] is key and last[1] == step else 0
-            self.calls[name] = key, step, nth
+            if nth and isinstance(time, torch.Tensor) and isinstance(last[3], torch.Tensor) and time.flatten()[:1].tolist() != last[3].flatten()[:1].tolist():
+                raise RuntimeError(f'two calls of this {type(module).__name__} at one step of the scheduler have different times: the pipeline does not step its scheduler, so steps cannot be told apart; apply Spectrum to the bare denoiser, with n_steps')
+            self.calls[name] = key, step, nth, time
             if nth: name = f'{name}#{nth + 1}'
         run = self.runs.get(name)
         if run is None or run.key is not key or run.done or (step is not None and step < run.step):
@@ -333,8 +337,8 @@ def is_feature(x):
 
 TWO_THREADS = 'this {} is in the middle of a run in another thread: histories would mix; give each thread a pipeline and a denoiser of its own'
 
-# %% ../nbs/09_hook.ipynb #8568b77d
-DENOISERS = ('transformer', 'transformer_2', 'unet')    # the names under which pipelines hold them
+# %% ../nbs/09_hook.ipynb #08876e5b
+DENOISERS = ('transformer', 'transformer_2', 'unconditional_transformer', 'unet')    # the names under which pipelines hold them
 
 @contextmanager
 def beneath_offloading(
@@ -374,7 +378,9 @@ class SpectrumHandle:
         if moment.noisy and isinstance(self.config, SpectrumConfig) and len(plan.passes) < plan.n_steps:
             raise ValueError(f'{moment.noisy} adds noise at every step: features then jump, and their forecasts are worthless (measured on the page "samplers"). Use a deterministic scheduler, or fewer steps of this one; a Plan of your own is followed as it is')
         if moment.n_calls not in (None, plan.n_steps): plan = plan.first(moment.n_calls)
-        return Run(plan, context, moment.run, moment.first, getattr(self.config, 'tolerance', None), self.history_device, self.measure, meshes_of(module))
+        run = Run(plan, context, moment.run, moment.first, getattr(self.config, 'tolerance', None), self.history_device, self.measure, meshes_of(module))
+        if moment.step and moment.step < run.n_steps: run.begin(self.plan_for(run.n_steps - moment.step, rest=True), moment.step)      # a context that begins late: a guidance of its own
+        return run
 
     def _add(self, denoiser, anatomy, clock):
         if self.feature == 'output': anatomy = None
@@ -421,7 +427,7 @@ class SpectrumHandle:
     def __exit__(self, *_): self.remove()
     def __repr__(self): return f'<Spectrum {self.config} on {[type(d).__name__ for d, *_ in self._hooked] or "nothing (removed)"}, {len(self.stats)} finished runs>'
 
-# %% ../nbs/09_hook.ipynb #5228f0b4
+# %% ../nbs/09_hook.ipynb #42f061ff
 def apply_spectrum(
     target,            # a diffusers pipeline (all its denoisers), or a bare denoiser
     config=None,       # SpectrumConfig, planned anew for each run's length, or a Plan; by default `SpectrumConfig()`
@@ -447,6 +453,7 @@ def apply_spectrum(
     if isinstance(target, DiffusionPipeline):
         found = find_denoisers(target)
         if not found: raise ValueError(f'{type(target).__name__} has no denoiser under {DENOISERS}; apply Spectrum to the module itself')
+        if not hasattr(target, 'scheduler'): raise ValueError(f'{type(target).__name__} has no scheduler of that name, so steps cannot be told apart; apply Spectrum to the denoiser itself, with n_steps')
         if n_steps is not None: raise ValueError('n_steps is for a bare denoiser; a pipeline knows its own')
         todo = [(m, PipelineClock(target, m, name if len(found) > 1 else '')) for name, m in found.items()]
     elif isinstance(target, nn.Module):
@@ -467,8 +474,3 @@ def apply_spectrum(
 def find_denoisers(pipe):
     "{attribute: denoiser} of a pipeline"
     return {n: unwrapped(m) for n in DENOISERS if isinstance(m := getattr(pipe, n, None), nn.Module)}
-
-def unwrapped(module):
-    "The module that `torch.compile` or a process group's wrapper wrapped, or the module itself"
-    while inner := getattr(module, '_orig_mod', None) or (module.module if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)) else None): module = inner
-    return module

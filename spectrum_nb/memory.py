@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from .history import history_bytes
 from .plan import SpectrumConfig, make_plan
 
-# %% ../nbs/17_memory.ipynb #61c87210
+# %% ../nbs/17_memory.ipynb #d41b9b31
 def peak_bytes(
     plan,         # Plan
     n_features,   # elements of one feature, batch included
     dtype=None,   # of the features, by default bfloat16
     contexts:int=1, # calls a step, each with a history of its own
 ):                # bytes
-    "The most that Spectrum adds to the memory of a run: the histories of its contexts, and one forecast"
+    "What Spectrum adds to the memory of a run at its peak: the histories of its contexts, and one forecast"
     one = history_bytes(plan, n_features, **{} if dtype is None else dict(dtype=dtype))
     return contexts*one + one//max(plan.capacity, 1)
 

@@ -120,7 +120,7 @@ class Plan:
 
     def __repr__(self): return f'Plan({self.name!r}, {len(self.passes)} passes of {self.n_steps} steps: {" ".join(map(str, self.passes))})'
 
-# %% ../nbs/05_plan.ipynb #1fe491de
+# %% ../nbs/05_plan.ipynb #1aa11e45
 def plan_from(
     passes,        # ascending steps at which all blocks run
     n_steps:int,   # number of steps of the run
@@ -129,6 +129,8 @@ def plan_from(
 ):                 # Plan
     "The plan of a forecaster: its weights at every step between passes, and at each pass that follows a forecast, to measure it there"
     passes = list(passes)
+    if any(not 0 <= p < n_steps or p != int(p) for p in passes): raise ValueError(f'passes must be steps from 0 to {n_steps - 1}, got {passes}')
+    passes = [int(p) for p in passes]
     W, C = np.zeros((n_steps, n_steps)), np.zeros((n_steps, n_steps))
     for k, (p, following) in enumerate(zip(passes, [*passes[1:], n_steps]), 1):
         W[p, p] = 1

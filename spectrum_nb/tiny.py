@@ -261,7 +261,7 @@ def distil_guidance(
         return F.mse_loss(velocity(pipe, x, sigma, text, g), target)
     return fit('guidance', list(pipe.transformer.parameters()), loss_at, n_steps, folder, lr)
 
-# %% ../nbs/21_tiny.ipynb #9cc70beb
+# %% ../nbs/21_tiny.ipynb #a4138d10
 def check_place(
     folder,  # where a pipeline is to go
 ):
@@ -285,6 +285,8 @@ def save_pipeline(
     for name, module in pipe.components.items():
         if isinstance(module, torch.nn.Module): setattr(pipe, name, copy.deepcopy(module).half())
     pipe.save_pretrained(part, safe_serialization=True)
+    for config in part.rglob('config.json'):                                   # without the place that a part was loaded from
+        config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != '_name_or_path'}, indent=2, sort_keys=True) + '\n')
     (part/'training.json').write_text(json.dumps(notes, indent=1) + '\n')
     if folder.exists(): shutil.rmtree(folder)
     os.replace(part, folder)
