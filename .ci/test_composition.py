@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from spectrum_nb.anatomy import count_calls, find_anatomy
+from spectrum_nb.anatomy import blocks_of, count_calls, find_anatomy
 from spectrum_nb.hook import SpectrumHook, apply_spectrum, find_denoisers
 from spectrum_nb.plan import Plan, SpectrumConfig, make_plan
 from spectrum_nb.presets import call_defaults, held_captions, load_pipeline
@@ -52,12 +52,6 @@ def load(name, **more):
     pipe = load_pipeline(name, 'cpu')
     pipe.set_progress_bar_config(disable=True)
     return pipe, the(pipe), sampler(pipe, name, **more)
-
-
-def blocks_of(denoiser):
-    "All blocks that a forecast skips"
-    body = [denoiser.get_submodule(n) for n in find_anatomy(denoiser).body]
-    return [b for m in body for b in (m if isinstance(m, torch.nn.ModuleList) else [m])]
 
 
 def traces(denoiser):

@@ -118,7 +118,7 @@ def forecast_bench(
     return dict(rows=rows, speedup=cases['textbook']['seconds']/cases['ours']['seconds'], over_read=cases['ours']['seconds']/cases['read']['seconds'],
                 provenance=dict(feature=f'{tokens}×{width} {str(dtype)[6:]}', passes=14, command='spectrum-nb bench --what forecast --out forecast_cost.json') | provenance(device))
 
-# %% ../nbs/24_bench.ipynb #dc95ee8d
+# %% ../nbs/24_bench.ipynb #9a737e80
 def step_seconds(
     pipe,        # pipeline
     prompts,     # list of prompts, one batch
@@ -170,25 +170,34 @@ def loop_bench(
     call,            # arguments of its call
     n_steps:int=50,  # steps
     rounds:int=7,    # rounds, of which the median counts
+    turn:float=.5,   # seconds of a turn
 ):                   # list of rows
-    "Speed-up and efficiency of 14- and 10-pass runs over the full run, loop against loop, step by step in turns"
+    "Speed-up and efficiency of 14- and 10-pass runs over the full run, loop against loop, in turns"
     configs = {'full': None, 'α = 0.75': SpectrumConfig(), 'α = 3': SpectrumConfig(alpha=3)}
     pipes = [load() for _ in configs]
-    run = lambda pipe, config, n, tick=None: step_seconds(pipe, prompts, range(len(prompts)), call, n, config, tick, output_type='latent')
-    jobs = [partial(run, pipe, config, n_steps) for pipe, config in zip(pipes, configs.values())]
-    for pipe in pipes: run(pipe, None, 3)
+    repeats = [n_steps//len(make_plan(config, n_steps).passes) + 1 if config else 1 for config in configs.values()]
+    def job(pipe, config, n, next_turn):
+        "Seconds of `n` runs, and the passes of each"
+        began = now()
+        def tick():
+            nonlocal began
+            if now() - began >= turn: next_turn(); began = now()
+        runs = [step_seconds(pipe, prompts, range(len(prompts)), call, n_steps, config, tick, output_type='latent') for _ in range(n)]
+        return [steps.sum() for steps, *_ in runs], runs[0][1]
+    jobs = [partial(job, *of) for of in zip(pipes, configs.values(), repeats)]
+    for pipe in pipes: step_seconds(pipe, prompts, range(len(prompts)), call, 3, output_type='latent')
     results = [take_turns(jobs) for _ in tqdm(range(rounds), desc=f'{type(pipes[0]).__name__}, batch {len(prompts)}')]
-    seconds = np.array([[steps.sum() for steps, *_ in r] for r in results])              # [rounds, runs]
+    seconds = np.array([[np.mean(own) for own, _ in r] for r in results])                # [rounds, runs]
     rows = []
-    for name, (_, passes, _), own in zip(configs, results[0], seconds.T):
+    for name, (_, passes), own in zip(configs, results[0], seconds.T):
         low, speedup, high = np.quantile(seconds[:, 0]/own, (.25, .5, .75))
         efficiency = [round(float(s*passes/n_steps), 3) for s in (low, speedup, high)]
         rows.append(dict(run=name, passes=passes, seconds=round(float(np.median(own)), 3), speedup=round(float(speedup), 2), efficiency=efficiency[1], quartiles=f'{efficiency[0]} {efficiency[2]}'))
     return rows
 
-# %% ../nbs/24_bench.ipynb #f37c76ab
-CLIP = dict(height=128, width=128, num_frames=49)
-LOOPS = (('tiny-flux', 1, {}), ('tiny-flux', 8, dict(height=128, width=128)), ('tiny-sd3', 64, {}), ('tiny-sdxl', 1, dict(height=320, width=320)), ('tiny-hunyuan', 1, CLIP), ('tiny-wan', 1, CLIP))   # model, batch, size
+# %% ../nbs/24_bench.ipynb #419a387e
+CLIP = dict(height=128, width=128, num_frames=33)
+LOOPS = (('tiny-flux', 1, {}), ('tiny-flux', 2, dict(height=256, width=256)), ('tiny-sd3', 32, {}), ('tiny-sdxl', 1, dict(height=320, width=320)), ('tiny-hunyuan', 1, CLIP), ('tiny-wan', 1, CLIP))   # model, batch, size
 
 def loops_bench(
     rounds:int=7,  # rounds of each loop

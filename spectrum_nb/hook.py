@@ -175,7 +175,7 @@ class Run:
         at = lambda steps: {self.first + i: x for i, x in steps.items()}           # steps of the run, not of the share
         return RunStats(self.context, self.n_steps, [self.first + i for i in self.passes], at(self.fallbacks), at({i: e.item() for i, e in self.errors.items()}), self.nbytes)
 
-# %% ../nbs/09_hook.ipynb #8648e5a5
+# %% ../nbs/09_hook.ipynb #9a1af6ba
 @torch.compiler.disable
 def signature_of(value):
     "Shape, dtype and device of a tensor, or of the tensors in a list: what must not change within a run"
@@ -291,9 +291,8 @@ class SpectrumHook(ModelHook):
         "One call of the denoiser: a pass or a forecast"
         if getattr(module, 'is_cache_enabled', False):
             raise RuntimeError('a diffusers cache was enabled on this denoiser after Spectrum was applied; call disable_cache(), or handle.remove()')
-        forward = self.fn_ref.original_forward
         run, i = self.find_run(module, args, kwargs)
-        if i >= run.n_steps: return forward(*args, **kwargs)
+        if i >= run.n_steps: return self.fn_ref.original_forward(*args, **kwargs)
         signature = signature_of(args[0] if args else kwargs.get(self.sample_name))
         if run.signature not in (None, signature): self.begin_anew(run, i, i, 'the input changed its shape, dtype or device: new history'); run.kinds = None
         run.signature = signature
@@ -337,7 +336,7 @@ def is_feature(x):
 
 TWO_THREADS = 'this {} is in the middle of a run in another thread: histories would mix; give each thread a pipeline and a denoiser of its own'
 
-# %% ../nbs/09_hook.ipynb #08876e5b
+# %% ../nbs/09_hook.ipynb #3817da19
 DENOISERS = ('transformer', 'transformer_2', 'unconditional_transformer', 'unet')    # the names under which pipelines hold them
 
 @contextmanager
@@ -355,7 +354,10 @@ class SpectrumHandle:
     "Spectrum on one pipeline or denoiser; leaving the `with` block, or `remove()`, puts everything back"
     def __init__(self, config, feature='hidden', history_device='same', measure=True):
         self.config, self.feature, self.history_device, self.measure = config, feature, history_device, measure
-        self.stats, self.hooks, self._hooked, self._plans = [], [], [], {}
+        self.stats, self._hooked, self._plans = [], [], {}
+
+    @property
+    def hooks(self): return [hook for _, _, hook, _ in self._hooked]
 
     def plan_for(self, n_steps, rest=False):
         "The plan of a run of `n_steps`, or of the `rest` of one whose history was lost"
@@ -395,7 +397,6 @@ class SpectrumHandle:
             HookRegistry.check_if_exists_or_initialize(denoiser).register_hook(hook, SpectrumHook.NAME)
             Reference.of(hook.fn_ref)
             self._hooked.append((denoiser, fresh, hook, denoiser.forward))
-        self.hooks.append(hook)
 
     def report(self):
         "A `Report` on the finished runs"
@@ -411,7 +412,6 @@ class SpectrumHandle:
         "Put every denoiser back as it was; the statistics stay. A `RuntimeError` in the middle of a call"
         if any(hook.callers for hook in self.hooks): raise RuntimeError('Spectrum cannot be removed in the middle of a call of the denoiser; remove it when the call is over')
         for hook in self.hooks: hook.reset_state()
-        self.hooks.clear()
         while self._hooked:
             denoiser, fresh, hook, ours = self._hooked.pop()
             registry = denoiser._diffusers_hook

@@ -5,22 +5,22 @@
 # %% auto #0
 __all__ = ['SIZES', 'peak_bytes', 'RunSize']
 
-# %% ../nbs/17_memory.ipynb #75672ceb
-import math
+# %% ../nbs/17_memory.ipynb #cc9c8c42
 from dataclasses import dataclass
 
-from .history import history_bytes
-from .plan import SpectrumConfig, make_plan
+import torch
 
-# %% ../nbs/17_memory.ipynb #d41b9b31
+from .history import history_bytes
+
+# %% ../nbs/17_memory.ipynb #0365a044
 def peak_bytes(
     plan,         # Plan
     n_features,   # elements of one feature, batch included
-    dtype=None,   # of the features, by default bfloat16
+    dtype=torch.bfloat16, # of the features
     contexts:int=1, # calls a step, each with a history of its own
 ):                # bytes
     "What Spectrum adds to the memory of a run at its peak: the histories of its contexts, and one forecast"
-    one = history_bytes(plan, n_features, **{} if dtype is None else dict(dtype=dtype))
+    one = history_bytes(plan, n_features, dtype)
     return contexts*one + one//max(plan.capacity, 1)
 
 # %% ../nbs/17_memory.ipynb #7acf5381
