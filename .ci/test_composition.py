@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,8 @@ from PIL import Image
 
 from spectrum_nb.anatomy import blocks_of, count_calls, find_anatomy
 from spectrum_nb.hook import SpectrumHook, apply_spectrum, find_denoisers
-from spectrum_nb.plan import Plan, SpectrumConfig, make_plan
+from spectrum_nb.calibrate import record
+from spectrum_nb.plan import Plan, SpectrumConfig, config_for_passes, make_plan
 from spectrum_nb.presets import call_defaults, held_captions, load_pipeline
 
 N = 14
@@ -889,3 +891,53 @@ def call_of(pipe, name):
 
 
 if __name__ == '__main__': worker(sys.argv[1], int(sys.argv[2]), sys.argv[3:])
+
+
+# Schedules and calibration
+
+@pytest.mark.parametrize('name', ALL)
+def test_passes_where_the_samplers_steps_are_large(name):
+    pipe, denoiser, sample = load(name)
+    config = config_for_passes(6, N, 'sigma', blend=0)
+    with apply_spectrum(pipe, config) as run, count_calls(blocks_of(denoiser)) as counts:
+        sample(); sample(num_inference_steps=9)             # planned anew for another length
+    assert len(pipe.scheduler.sigmas) == 10
+    wanted = [s.passes for s in run.stats[-1:]]
+    assert wanted == [config.passes(9, pipe.scheduler.sigmas.tolist())]
+    assert all(s.n_passes == 6 and not s.fallbacks for s in run.stats) and counts == [6*len(run.stats)]*len(counts)
+
+
+def test_a_sampler_without_noise_levels_is_refused_for_that_schedule():
+    pipe, _, sample = load('tiny-sdxl')
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    with apply_spectrum(pipe, config_for_passes(6, N, 'sigma')), pytest.raises(ValueError, match='noise levels'): sample()
+    with apply_spectrum(pipe, config_for_passes(6, N, 'uniform')) as run: sample()
+    assert [s.n_passes for s in run.stats] == [6]
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_a_calibration_leaves_the_pipeline_as_it_was(name):
+    pipe, denoiser, sample = load(name)
+    call = {k: v for k, v in call_defaults(pipe, name).items()}
+    plain, before, scheduler = sample(), traces(denoiser), pipe.scheduler
+    made = record(pipe, held_captions(call, 1), N, probes=(2, 1), **call)
+    assert traces(denoiser) == before and pipe.scheduler is scheduler and torch.equal(sample(), plain)
+    assert set(made.hidden) == {'tiny-wan': {'cond', 'uncond'}, 'tiny-flux': {'cond'}, 'tiny-hunyuan': {'cond'}}.get(name, {''})
+    for feature in ('hidden', 'output'):
+        with apply_spectrum(pipe, made.plan(7, forecaster='gram', feature=feature), feature=feature) as run: fast = sample()
+        assert all(s.n_passes == 7 and not s.fallbacks for s in run.stats) and relative(fast, plain) < NEAR
+
+
+@pytest.mark.parametrize('when', ['in a full run', 'in a disturbed one'])
+def test_an_interrupted_calibration_leaves_the_pipeline_as_it_was(when, monkeypatch):
+    pipe, denoiser, sample = load('tiny-flux')
+    call, calls, forward = call_defaults(pipe, 'tiny-flux'), [], type(denoiser).forward
+    plain, before, scheduler = sample(), traces(denoiser), pipe.scheduler
+    def broken(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == (5 if when == 'in a full run' else N + 5): raise KeyboardInterrupt
+        return forward(*args, **kwargs)
+    with monkeypatch.context() as m:
+        m.setattr(type(denoiser), 'forward', broken)
+        with pytest.raises(KeyboardInterrupt): record(pipe, ['a red cross'], N, **call)
+    assert traces(denoiser) == before and pipe.scheduler is scheduler and torch.equal(sample(), plain)

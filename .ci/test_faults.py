@@ -10,6 +10,7 @@ import pickle
 import shutil
 import threading
 import weakref
+from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from torch import nn
 
 import spectrum_nb
 from spectrum_nb.anatomy import CountingBlock, ToyDenoiser
+from spectrum_nb.calibrate import Calibration
 from spectrum_nb.cli import COMMANDS, main
 from spectrum_nb.clock import PipelineClock
 from spectrum_nb.history import History
@@ -799,6 +801,17 @@ def test_passes_may_be_a_generator(): assert Plan((p for p in (0, 1)), np.eye(2)
 
 def test_a_forecast_from_nothing_is_refused():
     with pytest.raises(ValueError, match='step 1 is no pass and its row of weights is zero'): Plan([0], [[1, 0], [0, 0]])
+
+CALIBRATION = json.loads((files('spectrum_nb')/'weights'/'tiny-flux'/'calibration_28.json').read_text())
+
+@examples(60, 2000)
+@given(st.sampled_from(sorted(CALIBRATION)), st.one_of(st.none(), numbers, st.text(max_size=3), st.lists(numbers, max_size=4), st.dictionaries(st.text(max_size=3), numbers, max_size=2)), st.booleans())
+def test_a_damaged_calibration_is_refused_or_plans(tmp_path_factory, key, value, missing):
+    file = tmp_path_factory.getbasetemp()/'calibration.json'
+    file.write_text(json.dumps({k: v for k, v in CALIBRATION.items() if k != key} | ({} if missing else {key: value})))
+    try: made = Calibration.load(file)
+    except ValueError as e: assert 'calibration.json' in str(e); return
+    assert made.plan(8).n_steps == 28
 
 @examples(150, 1500)
 @given(st.tuples(*[st.one_of(st.integers(-2, 9), numbers, st.sampled_from([None, True, 'x', [], 10**30, np.float32(.5), np.int64(3)]))]*8), st.integers(-1, 30))

@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-# %% ../nbs/08_clock.ipynb #4725a705
+# %% ../nbs/08_clock.ipynb #45d8d3f5
 @dataclass(frozen=True)
 class Moment:
     "When a call of a denoiser happens"
@@ -25,6 +25,7 @@ class Moment:
     kind:str=''     # `'2nd'` for the second call of a step of a second-order sampler
     first:int=0     # step of the run at which the denoiser's share begins
     noisy:str=''    # name of the sampler, if it adds noise at every step
+    sigmas:tuple=None # noise levels before the steps and after the last, where the sampler tells
 
 # %% ../nbs/08_clock.ipynb #c4c39616
 class CallClock:
@@ -34,7 +35,7 @@ class CallClock:
     def reset(self): self.run = object()
     def now(self, timestep=None): return Moment(self.run, self.n_steps)
 
-# %% ../nbs/08_clock.ipynb #ace3785c
+# %% ../nbs/08_clock.ipynb #d1928368
 def step_of(
     scheduler,      # diffusers scheduler
     begin:int=0,    # the first of its timesteps that is used
@@ -88,7 +89,7 @@ class PipelineClock:
         pipe,      # diffusers pipeline
         denoiser,  # its denoiser
         name='',   # attribute that holds the denoiser, where it is one of several
-    ): self.pipe, self.denoiser, self.name, self.label, self._run = pipe, denoiser, name, f'{name}/' if name else '', (None, None, 0, '')
+    ): self.pipe, self.denoiser, self.name, self.label, self._run = pipe, denoiser, name, f'{name}/' if name else '', (None, None, 0, '', None)
 
     def share(self, pipe, times):
         "The steps at which this denoiser is called: all, or those on its side of the pipeline's boundary"
@@ -104,11 +105,13 @@ class PipelineClock:
         if self._run[0] is not times:                                                     # a new run
             left = times[(begin := begin_of(scheduler, timestep)):]                       # fewer in image-to-image
             left = left[:getattr(pipe, 'num_timesteps', None) or len(left)]               # or where a pipeline stops early (SDXL's denoising_end)
-            self._run = times, self.share(pipe, left), begin, noise_of(scheduler)
-        _, share, begin, noisy = self._run
+            share, levels = self.share(pipe, left), getattr(scheduler, 'sigmas', None)
+            if levels is not None: levels = [float(s) for s in levels[begin + share.start:begin + share.stop + 1:getattr(scheduler, 'order', 1)]]
+            self._run = times, share, begin, noise_of(scheduler), tuple(levels) if levels is not None and len(levels) == -(-len(share)//getattr(scheduler, 'order', 1)) + 1 else None
+        _, share, begin, noisy, sigmas = self._run
         call = step_of(scheduler, begin, timestep)
         order = getattr(scheduler, 'order', 1)
         n_steps = -(-len(share)//order)
-        if call is None: return Moment(times, n_steps, first=share.start, noisy=noisy)
+        if call is None: return Moment(times, n_steps, first=share.start, noisy=noisy, sigmas=sigmas)
         call -= share.start
-        return Moment(times, n_steps, call//order, len(share)//order if call % order else n_steps, '2nd' if call % order else '', share.start//order, noisy)
+        return Moment(times, n_steps, call//order, len(share)//order if call % order else n_steps, '2nd' if call % order else '', share.start//order, noisy, sigmas)

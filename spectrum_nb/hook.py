@@ -27,7 +27,7 @@ from .clock import CallClock, PipelineClock, unwrapped
 from .history import History
 from .plan import Plan, SpectrumConfig, check_number, make_plan
 
-# %% ../nbs/09_hook.ipynb #1a779a4f
+# %% ../nbs/09_hook.ipynb #3e8e6402
 @dataclass(frozen=True)
 class RunStats:
     "What one finished run did in one context"
@@ -109,20 +109,26 @@ class Run:
         context,          # its name
         key,              # what the clock calls the run
         first=0,          # step of the pipeline's run at which this one begins
+        sigmas=None,      # noise levels of its steps, where the sampler tells
         tolerance=None,   # measured error above which the step after a pass becomes a pass
         device='same',    # of the history
         measure=True,     # whether passes are compared with their forecasts
         meshes=(),        # of processes that share the denoiser's weights or its sequence: they must decide alike
+        watch=None,       # function (context, step, tensors), called with the feature of every pass
     ):
         self.context, self.key, self.first, self.n_steps, self.step, self.done = context, key, first, plan.n_steps, 0, False
         self.tolerance, self.device, self.measure, self.thread = tolerance, device, measure, get_ident()
-        self.meshes = meshes
+        self.meshes, self.watch, self.sigmas = meshes, watch, sigmas
         self.passes, self.fallbacks, self.errors, self.forced, self.nbytes, self.signature, self.kinds = [], {}, {}, set(), 0, None, None
         self.begin(plan, 0)
 
     def begin(self, plan, start):
         "Follow `plan` from step `start` on, with an empty history"
         self.plan, self.start, self.histories = plan, start, []
+
+    def rest_of(self, start):
+        "The noise levels from step `start` on"
+        return None if self.sigmas is None else self.sigmas[start:]
 
     def in_any(self, flag):
         "Whether something holds here or in another process of the meshes: a block that one process runs and another skips would wait for ever"
@@ -157,6 +163,7 @@ class Run:
     def keep(self, i, feature):
         "Store the tensors of the feature of a pass, if they are finite; where the plan has a check, measure how well they would have been forecast"
         self.passes.append(i)
+        if self.watch: self.watch(self.context, self.first + i, feature)
         if self.in_any(not all(map(is_finite, feature))): return False
         if not self.histories: self.histories = [History(self.plan, self.device) for _ in feature]
         feature = [x.to(h.widened(narrowest(x, self.signature))) for h, x in zip(self.histories, feature)]
@@ -175,7 +182,7 @@ class Run:
         at = lambda steps: {self.first + i: x for i, x in steps.items()}           # steps of the run, not of the share
         return RunStats(self.context, self.n_steps, [self.first + i for i in self.passes], at(self.fallbacks), at({i: e.item() for i, e in self.errors.items()}), self.nbytes)
 
-# %% ../nbs/09_hook.ipynb #9a1af6ba
+# %% ../nbs/09_hook.ipynb #47ef4bff
 @torch.compiler.disable
 def signature_of(value):
     "Shape, dtype and device of a tensor, or of the tensors in a list: what must not change within a run"
@@ -278,7 +285,7 @@ class SpectrumHook(ModelHook):
     def begin_anew(self, run, i, start, why):
         "What was kept cannot be used from step `start` on: plan the rest of the run as a run of its own"
         run.fallbacks[i] = why
-        if start < run.n_steps: run.begin(self.handle.plan_for(run.n_steps - start, rest=True), start)
+        if start < run.n_steps: run.begin(self.handle.plan_for(run.n_steps - start, True, run.rest_of(start)), start)
 
     @torch.compiler.disable(recursive=False)
     def new_forward(self, module, *args, **kwargs):
@@ -336,7 +343,7 @@ def is_feature(x):
 
 TWO_THREADS = 'this {} is in the middle of a run in another thread: histories would mix; give each thread a pipeline and a denoiser of its own'
 
-# %% ../nbs/09_hook.ipynb #3817da19
+# %% ../nbs/09_hook.ipynb #e61a79a3
 DENOISERS = ('transformer', 'transformer_2', 'unconditional_transformer', 'unet')    # the names under which pipelines hold them
 
 @contextmanager
@@ -352,19 +359,20 @@ def beneath_offloading(
 
 class SpectrumHandle:
     "Spectrum on one pipeline or denoiser; leaving the `with` block, or `remove()`, puts everything back"
-    def __init__(self, config, feature='hidden', history_device='same', measure=True):
-        self.config, self.feature, self.history_device, self.measure = config, feature, history_device, measure
+    def __init__(self, config, feature='hidden', history_device='same', measure=True, watch=None):
+        self.config, self.feature, self.history_device, self.measure, self.watch = config, feature, history_device, measure, watch
         self.stats, self._hooked, self._plans = [], [], {}
 
     @property
     def hooks(self): return [hook for _, _, hook, _ in self._hooked]
 
-    def plan_for(self, n_steps, rest=False):
+    def plan_for(self, n_steps, rest=False, sigmas=None):
         "The plan of a run of `n_steps`, or of the `rest` of one whose history was lost"
-        if (n_steps, rest) not in self._plans: self._plans[n_steps, rest] = self._new_plan(n_steps, rest)
-        return self._plans[n_steps, rest]
+        key = n_steps, rest, sigmas if getattr(self.config, 'schedule', '') == 'sigma' else None
+        if key not in self._plans: self._plans[key] = self._new_plan(*key)
+        return self._plans[key]
 
-    def _new_plan(self, n_steps, rest):
+    def _new_plan(self, n_steps, rest, sigmas):
         if isinstance(self.config, Plan):
             if rest: return make_plan(SpectrumConfig(window=1, alpha=0), n_steps)
             if self.config.n_steps != n_steps:
@@ -372,16 +380,16 @@ class SpectrumHandle:
             return self.config
         if n_steps <= self.config.warmup and not rest:      # said once for each length: plans are kept
             warnings.warn(f'a run of {n_steps} steps is no longer than the warm-up of {self.config.warmup}: every step is a full pass, nothing is saved', stacklevel=2)
-        return make_plan(self.config, n_steps)
+        return make_plan(self.config, n_steps, sigmas)
 
     def new_run(self, moment, context, module):
         "The `Run` that begins at a moment"
-        plan = self.plan_for(moment.n_steps)
+        plan = self.plan_for(moment.n_steps, sigmas=moment.sigmas)
         if moment.noisy and isinstance(self.config, SpectrumConfig) and len(plan.passes) < plan.n_steps:
             raise ValueError(f'{moment.noisy} adds noise at every step: features then jump, and their forecasts are worthless (measured on the page "samplers"). Use a deterministic scheduler, or fewer steps of this one; a Plan of your own is followed as it is')
         if moment.n_calls not in (None, plan.n_steps): plan = plan.first(moment.n_calls)
-        run = Run(plan, context, moment.run, moment.first, getattr(self.config, 'tolerance', None), self.history_device, self.measure, meshes_of(module))
-        if moment.step and moment.step < run.n_steps: run.begin(self.plan_for(run.n_steps - moment.step, rest=True), moment.step)      # a context that begins late: a guidance of its own
+        run = Run(plan, context, moment.run, moment.first, moment.sigmas, getattr(self.config, 'tolerance', None), self.history_device, self.measure, meshes_of(module), self.watch)
+        if moment.step and moment.step < run.n_steps: run.begin(self.plan_for(run.n_steps - moment.step, True, run.rest_of(moment.step)), moment.step)      # a context that begins late: a guidance of its own
         return run
 
     def _add(self, denoiser, anatomy, clock):
@@ -427,7 +435,7 @@ class SpectrumHandle:
     def __exit__(self, *_): self.remove()
     def __repr__(self): return f'<Spectrum {self.config} on {[type(d).__name__ for d, *_ in self._hooked] or "nothing (removed)"}, {len(self.stats)} finished runs>'
 
-# %% ../nbs/09_hook.ipynb #42f061ff
+# %% ../nbs/09_hook.ipynb #bfe799aa
 def apply_spectrum(
     target,            # a diffusers pipeline (all its denoisers), or a bare denoiser
     config=None,       # SpectrumConfig, planned anew for each run's length, or a Plan; by default `SpectrumConfig()`
@@ -436,6 +444,7 @@ def apply_spectrum(
     feature='hidden',  # what is forecast: `'hidden'`, what the head is given, or `'output'`, what the denoiser returns
     history_device='same',  # where features are kept: `'same'`, on the device that made them, or `'cpu'`
     measure=True,      # whether each pass is compared with its forecast (one weighted sum and one norm a pass)
+    watch=None,        # function (context, step, list of tensors), called with the feature of every pass before it is used
 ):                     # SpectrumHandle
     """Accelerate `target`: run all blocks at the plan's passes, forecast the last feature at the other steps.
 
@@ -462,7 +471,7 @@ def apply_spectrum(
         check_number('n_steps', n_steps, 1, Integral)
         todo = [(unwrapped(target), CallClock(n_steps))]
     else: raise TypeError(f'apply_spectrum needs a diffusers pipeline or a denoiser (nn.Module), not {type(target).__name__}')
-    handle = SpectrumHandle(config, feature, history_device, measure)
+    handle = SpectrumHandle(config, feature, history_device, measure, watch)
     try:
         if n_steps is not None: handle.plan_for(n_steps)
         for denoiser, clock in todo: handle._add(denoiser, anatomy, clock)

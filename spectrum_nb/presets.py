@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'bf16', 'fp16', 'fp32', 'tiny', 'clip', 'PRESETS', 'TINY', 'Preset', 'first_line', 'read_json',
-           'check_device', 'load_pipeline', 'find_preset', 'call_defaults', 'held_captions']
+           'check_device', 'load_pipeline', 'find_preset', 'call_defaults', 'held_captions', 'seen_captions']
 
 # %% ../nbs/23_presets.ipynb #8aeb73b9
 import inspect, json, os
@@ -108,7 +108,7 @@ def find_preset(
     trained_as = read_json(notes, model=str | int | None).get('model') if notes.is_file() else None
     return replace(PRESETS[trained_as], source=str(notes.parent)) if trained_as in PRESETS else None
 
-# %% ../nbs/23_presets.ipynb #515f25d5
+# %% ../nbs/23_presets.ipynb #9cd920c5
 def call_defaults(
     pipe,      # a pipeline
     name=None, # the preset or folder it came from, if any
@@ -127,3 +127,10 @@ def held_captions(
 ):          # list of captions
     "Captions that no training saw: of clips where the call has frames, else of pictures"
     return [s.caption for s in (split_clips if 'num_frames' in call else split_scenes)()[1][:n]]
+
+def seen_captions(
+    call,   # arguments of a tiny pipeline's call
+    n:int,  # how many
+):          # list of captions
+    "Captions of the training split, for what must not touch the others"
+    return [s.caption for s in (split_clips if 'num_frames' in call else split_scenes)()[0][:n]]
