@@ -6,7 +6,7 @@
 __all__ = ['BUDGETS', 'PAPER', 'all_plans', 'calibrated_bench', 'many_plans', 'foretold_bench', 'adapted', 'changed', 'at_steps',
            'transfer_bench']
 
-# %% ../nbs/29_calibrated.ipynb #698dfd1e
+# %% ../nbs/29_calibrated.ipynb #2b8e69f7
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ from .hook import apply_spectrum, find_denoisers
 from .metrics import quality
 from .plan import SpectrumConfig, config_for_passes, make_plan, reuse_plan, taylor_plan
 from .presets import call_defaults, held_captions, load_pipeline, seen_captions
-from .rivals import Method, run_methods, second_order, summary
+from .rivals import Method, comparison_figure, run_methods, second_order, summary
 from .schedule import alpha_for_passes, spaced_passes
 
 # %% ../nbs/29_calibrated.ipynb #9ab3caf0
@@ -62,7 +62,7 @@ def calibrated_bench(
     for row, r in zip(rows, results): row['converged_psnr'] = quality(r['samples'][:few], end)['psnr']
     return rows
 
-# %% ../nbs/29_calibrated.ipynb #dba73af9
+# %% ../nbs/29_calibrated.ipynb #b5b5c776
 def many_plans(
     calibration,  # Calibration
     budgets=(8, 10, 14, 20),
@@ -94,7 +94,7 @@ def foretold_bench(
         rows.append(dict(name=name, searched=searched, passes=len(plan.passes), foretold=calibration.predicted_error(plan, corrected=False), measured=float(np.exp(np.mean(np.log(off))))))
     return rows
 
-# %% ../nbs/29_calibrated.ipynb #4f9000d3
+# %% ../nbs/29_calibrated.ipynb #eace3e72
 @contextmanager
 def adapted(
     denoiser,       # nn.Module; its weights are back when the context ends
