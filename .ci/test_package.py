@@ -104,3 +104,8 @@ def test_every_module_is_generated():
 def test_shipped_configs_do_not_say_where_they_were_loaded_from():
     said = [p for p in (root/'spectrum_nb/weights').rglob('*.json') if '_name_or_path' in p.read_text(encoding='utf-8')]
     assert not said
+
+
+def test_importing_the_package_does_not_load_what_draws():
+    said = subprocess.run([sys.executable, '-c', 'import sys, spectrum_nb; print("matplotlib.pyplot" in sys.modules)'], capture_output=True, text=True, cwd=root)
+    assert said.stdout.strip() == 'False', said.stderr

@@ -6,7 +6,7 @@
 __all__ = ['NEWTON', 'FORECASTERS', 'MAX_L1', 'SHRINKAGE', 'Trial', 'gram_weights', 'choose_shrinkage', 'rule_of', 'RunError',
            'Calibration', 'set_up', 'sample_once', 'record', 'relative_distance', 'try_plans', 'shipped_calibration']
 
-# %% ../nbs/28_calibrate.ipynb #c45039c8
+# %% ../nbs/28_calibrate.ipynb #84a74fcc
 import math, warnings
 from collections import namedtuple
 from dataclasses import dataclass, field, replace
@@ -17,18 +17,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.stats import gmean
 from tqdm.auto import tqdm
 
-from .bench import provenance, save_json
 from .forecast import forecast_weights, newton_weights
-from .hook import apply_spectrum, find_denoisers
+from .hook import apply_spectrum, find_denoisers, relative_error
 from .places import search_passes
 from .plan import Plan, SpectrumConfig, check_number, plan_from
 from .presets import find_preset, read_json
 from .recording import Sketch, gains_between, listening, measure_gains, response_of
 from .schedule import spaced_passes
 
-# %% ../nbs/28_calibrate.ipynb #ed26add4
+# %% ../nbs/28_calibrate.ipynb #8b0d271a
 NEWTON = dict(reuse=0, linear=1, quadratic=2, cubic=3)     # the polynomial through the last passes, continued (Lagrange's form of it is the same polynomial)
 FORECASTERS = (*NEWTON, 'gram')
 MAX_L1 = 30.       # weights of one forecast whose absolute values sum to more are warned of: rounding and errors are multiplied by that
@@ -46,15 +46,16 @@ def gram_weights(
     return np.linalg.solve(gram[np.ix_(known, known)] + shrinkage*power*np.eye(len(known)), gram[np.ix_(known, steps)]).T
 
 def choose_shrinkage(
-    grams,           # [P, n, n] of the features, one a prompt
+    hidden,          # {context: [P, n, n]} Gram matrices of the features, one a prompt
     budgets=(8, 14), # numbers of passes, evenly spaced, for which it is to be good
     slack=1.05,      # error allowed, in units of the least
 ):                   # ε
     "The largest ε in SHRINKAGE whose weights, fitted without a prompt, forecast that prompt nearly as well as the best ε does; 1e-4 for a single prompt"
+    grams = np.mean(list(hidden.values()), 0)
     if len(grams) < 2: return 1e-4
     n, scores = grams.shape[-1], dict.fromkeys(SHRINKAGE, 0.)
-    for eps, (p, gram), k in product(SHRINKAGE, enumerate(grams), budgets):
-        others = np.delete(grams, p, 0).mean(0)
+    folds = [(gram, np.delete(grams, p, 0).mean(0)) for p, gram in enumerate(grams)]
+    for eps, (gram, others), k in product(SHRINKAGE, folds, budgets):
         passes = spaced_passes(min(k, n), n, warmup=1)
         E = (plan_from(passes, n, lambda known, steps: gram_weights(others, known, steps, eps)).weights - np.eye(n))[passes[min(3, len(passes) - 1)]:]     # from the fourth pass on
         scores[eps] += np.einsum('ri,ij,rj->', E, gram, E)
@@ -100,7 +101,7 @@ class RunError:
         c = np.sum([c for c, _ in gaps], 0)
         return max(float(c @ self.gram @ c), 0.) + max(float(sum(alone for _, alone in gaps)), 0.)
 
-# %% ../nbs/28_calibrate.ipynb #cb11b35a
+# %% ../nbs/28_calibrate.ipynb #4ec8804c
 Trial = namedtuple('Trial', 'n_passes forecaster judged_by passes predicted measured')
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +137,10 @@ class Calibration:
     @cached_property
     def bias(self):
         "Measured over foretold error, geometric mean over the trials; 1 without any"
-        return math.exp(np.mean([math.log(t.measured/t.predicted) for t in self.trials])) if self.trials else 1.
+        return float(gmean([t.measured/t.predicted for t in self.trials])) if self.trials else 1.
+
+    @cached_property
+    def _errors(self): return {}       # a RunError for each rule and judge: searches for other budgets look at the same gaps
 
     def predicted_error(self,
         plan,            # Plan, or a list of passes of a forecaster
@@ -150,7 +154,9 @@ class Calibration:
         return (self.bias if corrected else 1.)*math.sqrt(error)
 
     def _search(self, n_passes, forecaster, judged_by='output', feature='hidden', must=(0,)):
-        return search_passes(RunError(self.rule(forecaster, feature), self.response, self.gains, self.gram[judged_by]), self.n_steps, n_passes, must)[0]
+        key = forecaster, judged_by, feature
+        if key not in self._errors: self._errors[key] = RunError(self.rule(forecaster, feature), self.response, self.gains, self.gram[judged_by])
+        return search_passes(self._errors[key], self.n_steps, n_passes, must)[0]
 
     def plan(self,
         n_passes:int=None,   # passes of a run; or
@@ -176,9 +182,9 @@ class Calibration:
             n_passes = math.ceil(self.n_steps/speedup)
             if self.n_steps/n_passes < speedup: n_passes -= 1
         check_number('n_passes', n_passes, 1, Integral, self.n_steps)
-        tried = [t for t in self.trials if t.n_passes == min((t.n_passes for t in self.trials), key=lambda k: abs(k - n_passes))]
-        if forecaster == 'best': best = min(tried, key=lambda t: t.measured) if tried else Trial(0, 'linear', 'output', (), 0, 0)
-        else: best = min((t for t in tried if t.forecaster == forecaster), key=lambda t: t.measured, default=Trial(0, forecaster, 'output', (), 0, 0))
+        nearest = min((t.n_passes for t in self.trials), key=lambda k: abs(k - n_passes), default=None)
+        tried = [t for t in self.trials if t.n_passes == nearest and forecaster in ('best', t.forecaster)]
+        best = min(tried, key=lambda t: t.measured, default=Trial(0, 'linear' if forecaster == 'best' else forecaster, 'output', (), 0, 0))
         known = best.n_passes == n_passes and feature == 'hidden' and judged_by in (None, best.judged_by) and set(must) <= set(best.passes)
         passes = list(best.passes) if known else self._search(n_passes, best.forecaster, judged_by or best.judged_by, feature, must)
         plan = plan_from(passes, self.n_steps, self.rule(best.forecaster, feature), f'calibrated, {best.forecaster if isinstance(best.forecaster, str) else "own weights"}')
@@ -198,12 +204,13 @@ class Calibration:
         "The calibration that these prompts alone would have given, without trials"
         prompts = list(prompts)
         hidden = {c: g[prompts] for c, g in self.hidden.items()}
-        return replace(self, hidden=hidden, output=self.output[prompts], runs=[self.runs[p] for p in prompts] if self.runs else (), trials=(), shrinkage=choose_shrinkage(np.mean(list(hidden.values()), 0)))
+        return replace(self, hidden=hidden, output=self.output[prompts], runs=[self.runs[p] for p in prompts] if self.runs else (), trials=(), shrinkage=choose_shrinkage(hidden))
 
     def save(self,
         path,  # JSON file
     ):         # Path
         "Write the means over prompts, and what is needed to know what they are of; whole or not at all"
+        from spectrum_nb.bench import save_json
         triangle = lambda g: [float(f'{x:.12g}') for x in g.mean(0)[np.tril_indices(self.n_steps)]]
         return save_json(dict(kind='spectrum_nb calibration', version=1, about=self.about, shrinkage=self.shrinkage, response=self.response.tolist(), gains=self.gains.tolist(), output=triangle(self.output),
                               hidden={c: triangle(g) for c, g in self.hidden.items()}, trials=[t._asdict() for t in self.trials if isinstance(t.forecaster, str)]), path)
@@ -220,7 +227,7 @@ class Calibration:
             def square(values):
                 g = np.zeros((n, n)); g[np.tril_indices(n)] = np.array(values, dtype=float)
                 return (g + np.tril(g, -1).T)[None]
-            made = cls({c: square(g) for c, g in said['hidden'].items()}, square(said['output']), response, np.array(said['gains'], dtype=float), said['about'], tuple(Trial(**t) for t in said['trials']), said['shrinkage'])
+            made = cls({c: square(g) for c, g in said['hidden'].items()}, square(said['output']), response, np.array(said['gains'], dtype=float), said['about'], tuple(Trial(**t | dict(passes=tuple(t['passes']))) for t in said['trials']), said['shrinkage'])
             if not (n and made.hidden and made.gains.shape == (n,) and (made.gains > 0).all() and all(np.isfinite(x).all() for x in (response, made.gains, made.output, *made.hidden.values()))): raise ValueError('numbers are missing or not finite')
             if not (isinstance(made.about.get('call'), dict) and isinstance(made.about.get('scheduler_config'), dict)): raise ValueError('it does not say of what it is')
             [Plan(t.passes, np.eye(n)[[max(p for p in t.passes if p <= i) for i in range(n)]]) for t in made.trials]
@@ -251,7 +258,7 @@ def set_up(
     return dict(pipeline=type(pipe).__name__, denoiser=type(denoiser).__name__, parameters=sum(p.numel() for p in denoiser.parameters()), scheduler=type(pipe.scheduler).__name__,
                 scheduler_config=plain(pipe.scheduler.config), n_steps=n_steps, call=plain(call))
 
-# %% ../nbs/28_calibrate.ipynb #1484f8ea
+# %% ../nbs/28_calibrate.ipynb #6adf44e8
 def sample_once(pipe, prompt, seed, n_steps, call):
     "One latent sample of one prompt and seed"
     return pipe(prompt, num_inference_steps=n_steps, generator=torch.Generator().manual_seed(int(seed)), output_type='latent', **call)[0]
@@ -268,9 +275,11 @@ def record(
     """Sample `prompts` in full and keep the inner products of what was computed.
 
     `ValueError` for a pipeline with two denoisers, a sampler that adds noise or clips or calls the denoiser twice a step. The pipeline comes back as it was."""
+    from spectrum_nb.bench import provenance
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     seeds = list(range(len(prompts))) if seeds is None else list(seeds)
     check_number('n_steps', n_steps, 2, Integral)
+    for k in probes: check_number('probes', k, 1, Integral)
     if not prompts or len(seeds) != len(prompts): raise ValueError(f'{len(prompts)} prompts and {len(seeds)} seeds: give at least one prompt, and a seed for each')
     if len(find_denoisers(pipe)) != 1: raise ValueError(f'{type(pipe).__name__} has {len(find_denoisers(pipe))} denoisers, each with steps of its own; only a pipeline with one can be calibrated')
     hidden, output, gains, runs, sketch = {}, [], [], [], Sketch(sketch)
@@ -288,12 +297,12 @@ def record(
         if k < probes[1]: at, found = measure_gains(lambda: sample_once(pipe, prompt, seed, n_steps, call), pipe, heard, response, probes[0]); gains.append(found)
     about = set_up(pipe, n_steps, call) | dict(prompts=len(prompts), seeds=seeds) | provenance(pipe.device)
     hidden = {c: np.array(g) for c, g in hidden.items()}
-    return Calibration(hidden, np.array(output), response, gains_between(at, np.exp(np.mean(np.log(gains), 0)), n_steps), about, shrinkage=choose_shrinkage(np.mean(list(hidden.values()), 0)), runs=runs)
+    return Calibration(hidden, np.array(output), response, gains_between(at, gmean(gains), n_steps), about, shrinkage=choose_shrinkage(hidden), runs=runs)
 
-# %% ../nbs/28_calibrate.ipynb #8a29800e
+# %% ../nbs/28_calibrate.ipynb #bae11e81
 def relative_distance(a, b):
     "‖a − b‖ / ‖b‖ of two tensors"
-    return ((a.cpu().double() - b.double()).norm()/b.double().norm()).item()
+    return relative_error([a.cpu().double()], [b.cpu().double()]).item()
 
 def try_plans(
     pipe,           # the pipeline that was recorded
@@ -306,16 +315,16 @@ def try_plans(
     "Run the candidates for each budget; the calibration with what was measured"
     if not calibration.runs: raise ValueError('this calibration was read from a file, which does not keep the samples that trials are compared with; record anew')
     calibration.check(pipe, calibration.n_steps, call)
-    trials = []
+    trials, untried = [], replace(calibration, trials=())
     candidates = [(k, f, by) for k in budgets for f in forecasters for by in ('output', 'hidden')]
     for k, forecaster, by in tqdm(candidates, desc='trials'):
         with warnings.catch_warnings():                       # large weights, if any, are about to be tried
             warnings.simplefilter('ignore')
-            plan = replace(calibration, trials=()).plan(k, forecaster=forecaster, judged_by=by)
+            plan = untried.plan(k, forecaster=forecaster, judged_by=by)
         if any(t.passes == tuple(plan.passes) and t.forecaster == forecaster for t in trials): continue
         with apply_spectrum(pipe, plan, measure=False):
             off = [relative_distance(sample_once(pipe, prompt, seed, calibration.n_steps, call), last) for prompt, seed, last in calibration.runs[:n_prompts]]
-        trials.append(Trial(k, forecaster, by, tuple(plan.passes), calibration.predicted_error(plan, corrected=False), float(np.exp(np.mean(np.log(np.maximum(off, 1e-9)))))))
+        trials.append(Trial(k, forecaster, by, tuple(plan.passes), calibration.predicted_error(plan, corrected=False), float(gmean(np.maximum(off, 1e-9)))))
     return replace(calibration, trials=(*calibration.trials, *trials))
 
 def shipped_calibration(

@@ -35,7 +35,7 @@ class CallClock:
     def reset(self): self.run = object()
     def now(self, timestep=None): return Moment(self.run, self.n_steps)
 
-# %% ../nbs/08_clock.ipynb #d1928368
+# %% ../nbs/08_clock.ipynb #4ef63f51
 def step_of(
     scheduler,      # diffusers scheduler
     begin:int=0,    # the first of its timesteps that is used
@@ -102,15 +102,15 @@ class PipelineClock:
         "The `Moment` of a call with this time"
         pipe = calling_pipeline(self.denoiser, self.pipe)
         scheduler, times = pipe.scheduler, pipe.scheduler.timesteps
+        order = getattr(scheduler, 'order', 1)
         if self._run[0] is not times:                                                     # a new run
             left = times[(begin := begin_of(scheduler, timestep)):]                       # fewer in image-to-image
             left = left[:getattr(pipe, 'num_timesteps', None) or len(left)]               # or where a pipeline stops early (SDXL's denoising_end)
             share, levels = self.share(pipe, left), getattr(scheduler, 'sigmas', None)
-            if levels is not None: levels = [float(s) for s in levels[begin + share.start:begin + share.stop + 1:getattr(scheduler, 'order', 1)]]
-            self._run = times, share, begin, noise_of(scheduler), tuple(levels) if levels is not None and len(levels) == -(-len(share)//getattr(scheduler, 'order', 1)) + 1 else None
+            start, stop = begin + share.start, begin + share.stop
+            self._run = times, share, begin, noise_of(scheduler), tuple(float(s) for s in (*levels[start:stop:order], levels[stop])) if levels is not None and len(levels) > stop else None
         _, share, begin, noisy, sigmas = self._run
         call = step_of(scheduler, begin, timestep)
-        order = getattr(scheduler, 'order', 1)
         n_steps = -(-len(share)//order)
         if call is None: return Moment(times, n_steps, first=share.start, noisy=noisy, sigmas=sigmas)
         call -= share.start

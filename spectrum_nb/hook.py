@@ -27,7 +27,7 @@ from .clock import CallClock, PipelineClock, unwrapped
 from .history import History
 from .plan import Plan, SpectrumConfig, check_number, make_plan
 
-# %% ../nbs/09_hook.ipynb #3e8e6402
+# %% ../nbs/09_hook.ipynb #bfcea737
 @dataclass(frozen=True)
 class RunStats:
     "What one finished run did in one context"
@@ -126,10 +126,6 @@ class Run:
         "Follow `plan` from step `start` on, with an empty history"
         self.plan, self.start, self.histories = plan, start, []
 
-    def rest_of(self, start):
-        "The noise levels from step `start` on"
-        return None if self.sigmas is None else self.sigmas[start:]
-
     def in_any(self, flag):
         "Whether something holds here or in another process of the meshes: a block that one process runs and another skips would wait for ever"
         for mesh in self.meshes:
@@ -182,7 +178,7 @@ class Run:
         at = lambda steps: {self.first + i: x for i, x in steps.items()}           # steps of the run, not of the share
         return RunStats(self.context, self.n_steps, [self.first + i for i in self.passes], at(self.fallbacks), at({i: e.item() for i, e in self.errors.items()}), self.nbytes)
 
-# %% ../nbs/09_hook.ipynb #47ef4bff
+# %% ../nbs/09_hook.ipynb #fb9670e0
 @torch.compiler.disable
 def signature_of(value):
     "Shape, dtype and device of a tensor, or of the tensors in a list: what must not change within a run"
@@ -285,7 +281,7 @@ class SpectrumHook(ModelHook):
     def begin_anew(self, run, i, start, why):
         "What was kept cannot be used from step `start` on: plan the rest of the run as a run of its own"
         run.fallbacks[i] = why
-        if start < run.n_steps: run.begin(self.handle.plan_for(run.n_steps - start, True, run.rest_of(start)), start)
+        self.handle.begin_rest(run, start)
 
     @torch.compiler.disable(recursive=False)
     def new_forward(self, module, *args, **kwargs):
@@ -343,7 +339,7 @@ def is_feature(x):
 
 TWO_THREADS = 'this {} is in the middle of a run in another thread: histories would mix; give each thread a pipeline and a denoiser of its own'
 
-# %% ../nbs/09_hook.ipynb #e61a79a3
+# %% ../nbs/09_hook.ipynb #2704f122
 DENOISERS = ('transformer', 'transformer_2', 'unconditional_transformer', 'unet')    # the names under which pipelines hold them
 
 @contextmanager
@@ -389,8 +385,13 @@ class SpectrumHandle:
             raise ValueError(f'{moment.noisy} adds noise at every step: features then jump, and their forecasts are worthless (measured on the page "samplers"). Use a deterministic scheduler, or fewer steps of this one; a Plan of your own is followed as it is')
         if moment.n_calls not in (None, plan.n_steps): plan = plan.first(moment.n_calls)
         run = Run(plan, context, moment.run, moment.first, moment.sigmas, getattr(self.config, 'tolerance', None), self.history_device, self.measure, meshes_of(module), self.watch)
-        if moment.step and moment.step < run.n_steps: run.begin(self.plan_for(run.n_steps - moment.step, True, run.rest_of(moment.step)), moment.step)      # a context that begins late: a guidance of its own
+        if moment.step: self.begin_rest(run, moment.step)      # a context that begins late: a guidance of its own
         return run
+
+    def begin_rest(self, run, start):
+        "Plan what is left of a run from step `start` on as a run of its own"
+        sigmas = None if run.sigmas is None else run.sigmas[start:run.n_steps + 1]
+        if start < run.n_steps: run.begin(self.plan_for(run.n_steps - start, True, sigmas), start)
 
     def _add(self, denoiser, anatomy, clock):
         if self.feature == 'output': anatomy = None

@@ -5,15 +5,13 @@
 # %% auto #0
 __all__ = ['search_passes', 'best_passes']
 
-# %% ../nbs/26_places.ipynb #f133610f
+# %% ../nbs/26_places.ipynb #f2445cdc
 from functools import lru_cache
 from numbers import Integral
 
-import numpy as np
-
 from .plan import check_number
 
-# %% ../nbs/26_places.ipynb #a2aaf1ae
+# %% ../nbs/26_places.ipynb #21619dbd
 def search_passes(
     cost,           # function of a tuple of ascending passes: a number, the smaller the better
     n_steps:int,    # steps n of the run
@@ -25,8 +23,7 @@ def search_passes(
     must = {0, *must}
     if len(must) > n_passes or max(must) >= n_steps: raise ValueError(f'{len(must)} passes are wanted whatever else, {sorted(must)}: they do not fit into {n_passes} of {n_steps} steps')
     cost, passes = lru_cache(None)(cost), tuple(sorted(must))
-    free = lambda passes: [p for p in range(n_steps) if p not in passes]
-    with_one = lambda passes: [tuple(sorted((*passes, p))) for p in free(passes)]
+    with_one = lambda passes: [tuple(sorted((*passes, p))) for p in range(n_steps) if p not in passes]
     while len(passes) < n_passes: passes = min(with_one(passes), key=cost)
     while True:
         moves = [m for p in passes if p not in must for m in with_one(tuple(q for q in passes if q != p)) if m != passes]

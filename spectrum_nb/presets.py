@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'bf16', 'fp16', 'fp32', 'tiny', 'clip', 'PRESETS', 'TINY', 'Preset', 'first_line', 'read_json',
-           'check_device', 'load_pipeline', 'find_preset', 'call_defaults', 'held_captions', 'seen_captions']
+           'check_device', 'load_pipeline', 'find_preset', 'call_defaults', 'held_captions', 'seen_captions',
+           'split_captions']
 
 # %% ../nbs/23_presets.ipynb #8aeb73b9
 import inspect, json, os
@@ -108,7 +109,7 @@ def find_preset(
     trained_as = read_json(notes, model=str | int | None).get('model') if notes.is_file() else None
     return replace(PRESETS[trained_as], source=str(notes.parent)) if trained_as in PRESETS else None
 
-# %% ../nbs/23_presets.ipynb #9cd920c5
+# %% ../nbs/23_presets.ipynb #d03462d6
 def call_defaults(
     pipe,      # a pipeline
     name=None, # the preset or folder it came from, if any
@@ -126,11 +127,15 @@ def held_captions(
     n:int,  # how many
 ):          # list of captions
     "Captions that no training saw: of clips where the call has frames, else of pictures"
-    return [s.caption for s in (split_clips if 'num_frames' in call else split_scenes)()[1][:n]]
+    return split_captions(call)[1][:n]
 
 def seen_captions(
     call,   # arguments of a tiny pipeline's call
     n:int,  # how many
 ):          # list of captions
     "Captions of the training split, for what must not touch the others"
-    return [s.caption for s in (split_clips if 'num_frames' in call else split_scenes)()[0][:n]]
+    return split_captions(call)[0][:n]
+
+def split_captions(call):
+    "(captions of training, held-out captions) of the world that a tiny pipeline draws"
+    return [[s.caption for s in part] for part in (split_clips if 'num_frames' in call else split_scenes)()]
