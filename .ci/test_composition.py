@@ -23,7 +23,7 @@ from spectrum_nb.plan import Plan, SpectrumConfig, config_for_passes, make_plan
 from spectrum_nb.presets import call_defaults, held_captions, load_pipeline
 
 N = 14
-ONE, DEFAULT = SpectrumConfig(window=1, alpha=0), SpectrumConfig()
+ONE, DEFAULT = SpectrumConfig(speedup=1), SpectrumConfig.paper()
 PLAN = make_plan(DEFAULT, N)
 NEAR = .2       # relative distance of latents from the run without Spectrum; see test_the_threshold_would_catch_a_broken_history
 ALL = ('tiny-flux', 'tiny-sd3', 'tiny-sdxl', 'tiny-hunyuan', 'tiny-wan')
@@ -160,7 +160,7 @@ def test_a_controlnet_and_a_t2i_adapter(name, kind):
     plain, _, _ = check(sample, pipe, denoiser)
     assert relative(plain, without()) > .01                     # the control has an effect
     extra = pipe.adapter if kind == 'adapter' else pipe.controlnet
-    with apply_spectrum(pipe), count_calls([extra]) as n: sample()
+    with apply_spectrum(pipe, DEFAULT), count_calls([extra]) as n: sample()
     print(f'\n{name} {kind}: the {kind} ran {n[0]} times in {N} steps, the blocks {len(PLAN.passes)}')
 
 
@@ -173,7 +173,7 @@ def test_residuals_of_a_controlnet_do_not_reach_a_forecast():
     def forward(self, *args, **kwargs): got.append({k for k in kwargs if 'residual' in k and kwargs[k] is not None}); return inner(self, *args, **kwargs)
     try:
         type(denoiser).forward = forward
-        with apply_spectrum(pipe): sample()
+        with apply_spectrum(pipe, DEFAULT): sample()
     finally: type(denoiser).forward = inner; hook.remove()
     assert [bool(g) for g in got] == [i in PLAN.passes for i in range(N)] and len(heads) == N
 
@@ -219,18 +219,18 @@ def test_an_ip_adapter(name, order):
     more |= dict(prompt=held_captions(call_defaults(pipe, name), 1))       # diffusers does not repeat image embeddings for several prompts
     plainly = dict(prompt=more['prompt'])
     bare = sample(**plainly)
-    run = apply_spectrum(pipe) if order == 'spectrum first' else None
+    run = apply_spectrum(pipe, DEFAULT) if order == 'spectrum first' else None
     pipe.load_ip_adapter(ip_adapter(denoiser), subfolder='', weight_name='', **(dict(image_encoder_pretrained_model_name_or_path=None) if name == 'tiny-flux' else dict(image_encoder_folder=None)))
     pipe.set_ip_adapter_scale(.7)
     if run:
         fast = sample(**more)
         assert by_plan(run.stats)
         run.remove()
-        with apply_spectrum(pipe): assert torch.equal(sample(**more), fast)
+        with apply_spectrum(pipe, DEFAULT): assert torch.equal(sample(**more), fast)
     plain, _, _ = check(lambda: sample(**more), pipe, denoiser)
     assert relative(plain, bare) > .02
     pipe.unload_ip_adapter()
-    with apply_spectrum(pipe) as run: sample(**plainly)
+    with apply_spectrum(pipe, DEFAULT) as run: sample(**plainly)
     assert by_plan(run.stats) and torch.equal(sample(**plainly), bare)
 
 
@@ -279,7 +279,7 @@ def test_hot_swap_keeps_what_is_compiled():
     one, two = (lora(denoiser, 'transformer', seed) for seed in (1, 2))
     pipe.enable_lora_hotswap(target_rank=8)
     pipe.load_lora_weights(dict(one), adapter_name='one')
-    with compiling() as backend, apply_spectrum(pipe) as run:
+    with compiling() as backend, apply_spectrum(pipe, DEFAULT) as run:
         denoiser.compile_repeated_blocks(backend=backend, fullgraph=True)
         first = sample()
         n = backend.compiled
@@ -330,7 +330,7 @@ def share_fetched(name, what, sample, target, denoiser):
     "Fetched bytes with Spectrum, as a share of those without; and what that share should be"
     tensors = lambda modules: {t for m in modules for t in (*m.parameters(), *m.buffers())}
     with fetched() as without: sample()
-    with apply_spectrum(target), fetched() as with_: sample()
+    with apply_spectrum(target, DEFAULT), fetched() as with_: sample()
     print(f'\n{name} {what}: fetched without Spectrum {without[0]} × , {without[1]/2**20:.1f} MiB; with {with_[0]} × , {with_[1]/2**20:.1f} MiB ({with_[1]/max(without[1], 1):.0%}); passes {len(PLAN.passes)} of {N}')
     return with_[1]/without[1]
 
@@ -429,7 +429,7 @@ def test_group_offloading_with_streams(name, level, order):
         if order == 'spectrum first': check_order(sample, pipe, denoiser, lambda: apply(denoiser, level), plain)
         else:
             apply(denoiser, level)
-            with apply_spectrum(pipe) as run, count_calls(blocks_of(denoiser)) as counts: fast, again = sample(), sample()
+            with apply_spectrum(pipe, DEFAULT) as run, count_calls(blocks_of(denoiser)) as counts: fast, again = sample(), sample()
             assert by_plan(run.stats) and counts == [2*len(PLAN.passes)]*len(counts)
             assert torch.equal(fast, again) and 0 < relative(fast, plain) < NEAR
             assert torch.equal(check(sample, pipe, denoiser)[0], plain)
@@ -442,7 +442,7 @@ def test_lora_on_an_offloaded_denoiser(what, order, monkeypatch):
     offload = lambda: denoiser.enable_group_offload(torch.device('cpu'), torch.device('cpu'), 'block_level', num_blocks_per_group=1) if what == 'group' else offload_pipeline(pipe, what)
     weights = lora(denoiser, 'transformer', 1)
     if order == 'offload first': offload()
-    with apply_spectrum(pipe) as run:
+    with apply_spectrum(pipe, DEFAULT) as run:
         if order == 'spectrum first': offload()
         bare = sample()
         pipe.load_lora_weights(dict(weights))
@@ -489,7 +489,7 @@ def test_inference_mode_and_back(name):
     def inferring():
         with torch.inference_mode(): return sample()
     check(inferring, pipe, denoiser)
-    with apply_spectrum(pipe) as run: assert torch.equal(inferring(), sample()) and by_plan(run.stats)
+    with apply_spectrum(pipe, DEFAULT) as run: assert torch.equal(inferring(), sample()) and by_plan(run.stats)
 
 
 @pytest.mark.parametrize('name, what', [(n, w) for n in ALL for w in ('tiling', 'slicing')])
@@ -531,7 +531,7 @@ def test_channels_last(when):
     if when == 'before':
         denoiser.to(memory_format=torch.channels_last)
         return check(sample, pipe, denoiser)
-    with apply_spectrum(pipe) as run:
+    with apply_spectrum(pipe, DEFAULT) as run:
         fast = sample()
         denoiser.to(memory_format=torch.channels_last)
         assert relative(sample(), fast) < 1e-4 and by_plan(run.stats)
@@ -571,13 +571,13 @@ def check_compiled(backend, sample, run, fast):
 def test_compiled_blocks(name, order):
     pipe, denoiser, sample = load(name)
     plain = sample()
-    with apply_spectrum(pipe): fast = sample()
+    with apply_spectrum(pipe, DEFAULT): fast = sample()
     with compiling() as backend:
         def compile():
             if denoiser._repeated_blocks: return denoiser.compile_repeated_blocks(backend=backend)
             for b in blocks_of(denoiser): b.compile(backend=backend)             # SD3 names none: diffusers refuses
         if order == 'compile first': compile(); sample()
-        with apply_spectrum(pipe) as run:
+        with apply_spectrum(pipe, DEFAULT) as run:
             if order == 'spectrum first': compile()
             check_compiled(backend, sample, run, fast)
         n = backend.compiled
@@ -590,13 +590,13 @@ def test_compiled_blocks(name, order):
 def test_a_compiled_denoiser(name, how, order):
     pipe, denoiser, sample = load(name)
     plain = sample()
-    with apply_spectrum(pipe): fast = sample()
+    with apply_spectrum(pipe, DEFAULT): fast = sample()
     with compiling() as backend:
         def compile():
             if how == 'module.compile': denoiser.compile(backend=backend)
             else: setattr(pipe, 'unet' if name == 'tiny-sdxl' else 'transformer', torch.compile(denoiser, backend=backend))
         if order == 'compile first': compile(); sample()
-        with apply_spectrum(pipe) as run:
+        with apply_spectrum(pipe, DEFAULT) as run:
             if order == 'spectrum first': compile()
             check_compiled(backend, sample, run, fast)
         assert relative(sample(), plain) < 1e-4
@@ -616,7 +616,7 @@ def test_a_compiled_denoiser_saves_the_blocks(name):
             return run
         denoiser.compile(backend=backend)
         with apply_spectrum(pipe, ONE): sample(); ops.clear(); sample(); every = sum(ops)
-        with apply_spectrum(pipe): sample(); ops.clear(); sample(); few = sum(ops)
+        with apply_spectrum(pipe, DEFAULT): sample(); ops.clear(); sample(); few = sum(ops)
     print(f'\n{name}: operations run {every} → {few}')
     assert few < .85*every
 
@@ -752,7 +752,7 @@ def disagreeing(rank):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     pipe, denoiser, sample = load('tiny-flux')
-    with apply_spectrum(pipe) as run: sample(**of_rank(rank))
+    with apply_spectrum(pipe, DEFAULT) as run: sample(**of_rank(rank))
     errors = [None]*2
     dist.all_gather_object(errors, run.stats[0].errors)
     at = next(i for i in errors[0] if errors[0][i] != errors[1][i])
@@ -760,7 +760,7 @@ def disagreeing(rank):
     mesh = init_device_mesh('cpu', (2,))
     for b in blocks_of(denoiser): fully_shard(b, mesh=mesh)
     fully_shard(denoiser, mesh=mesh)
-    with apply_spectrum(pipe, SpectrumConfig(tolerance=tolerance)) as run: sample(**of_rank(rank))
+    with apply_spectrum(pipe, SpectrumConfig.paper(tolerance=tolerance)) as run: sample(**of_rank(rank))
     passes = [None]*2
     dist.all_gather_object(passes, run.stats[0].passes)
     return passes
@@ -810,7 +810,7 @@ def test_a_run_that_is_broken_off(name, how):
             if how == 'raise': raise KeyboardInterrupt
             pipe._interrupt = True
         return given
-    with apply_spectrum(pipe) as run:
+    with apply_spectrum(pipe, DEFAULT) as run:
         fast = sample()
         n = len(run.stats)
         with pytest.raises(KeyboardInterrupt) if how == 'raise' else nullcontext(): sample(callback_on_step_end=stop)
@@ -833,7 +833,7 @@ def test_guidance_switched_off_in_a_run(name):
     plain = cut()
     before = traces(denoiser)
     with apply_spectrum(pipe, ONE): assert torch.equal(cut(), plain)
-    with apply_spectrum(pipe) as run, count_calls(blocks_of(denoiser)) as counts:
+    with apply_spectrum(pipe, DEFAULT) as run, count_calls(blocks_of(denoiser)) as counts:
         fast = cut()
         if name == 'tiny-wan':            # two calls a step: the second is not made any more
             assert [s.context for s in run.stats] == ['cond'] and by_plan(run.stats)
@@ -845,7 +845,7 @@ def test_guidance_switched_off_in_a_run(name):
             assert s.passes == [p for p in PLAN.passes if p < off] + rest and counts == [len(s.passes)]*len(counts)
         whole = sample()
         assert by_plan(run.stats[1:] if name != 'tiny-wan' else run.stats)
-    with apply_spectrum(pipe): assert torch.equal(sample(), whole)
+    with apply_spectrum(pipe, DEFAULT): assert torch.equal(sample(), whole)
     assert torch.isfinite(fast).all() and 0 <= relative(fast, plain) < NEAR
     assert torch.equal(cut(), plain) and traces(denoiser) == before and relative(plain, sample()) > .01
 
@@ -856,7 +856,7 @@ def test_several_images_and_prompts(name):
     several = 'num_videos_per_prompt' if 'num_frames' in call_defaults(pipe, name) else 'num_images_per_prompt'
     plain, fast, _ = check(lambda: sample(**{several: 2}), pipe, denoiser)
     assert len(plain) == 4
-    with apply_spectrum(pipe) as run:             # the number changes from run to run
+    with apply_spectrum(pipe, DEFAULT) as run:             # the number changes from run to run
         one = [sample(prompt=held_captions(call_defaults(pipe, name), 1)), sample(), sample(**{several: 2})]
         assert by_plan(run.stats) and list(map(len, one)) == [1, 2, 4] and torch.equal(one[2], fast)
 
@@ -872,13 +872,13 @@ def test_prompt_embeddings(name):
     if name == 'tiny-hunyuan': e = dict(zip(('prompt_embeds', 'pooled_prompt_embeds', 'prompt_attention_mask'), pipe.encode_prompt(captions, **length)))
     if name == 'tiny-wan': e = dict(zip(('prompt_embeds', 'negative_prompt_embeds'), pipe.encode_prompt(captions, '', **length)))
     plain, fast, _ = check(lambda: sample(prompt=None, **e), pipe, denoiser)
-    with apply_spectrum(pipe): assert relative(sample(), fast) < 1e-4
+    with apply_spectrum(pipe, DEFAULT): assert relative(sample(), fast) < 1e-4
 
 
 @pytest.mark.parametrize('name', ALL)
 def test_output_types_and_dicts(name):
     pipe, denoiser, sample = load(name)
-    with apply_spectrum(pipe) as run:
+    with apply_spectrum(pipe, DEFAULT) as run:
         latents = sample()
         pictures = sample(output_type='np')
         assert torch.equal(next(iter(pipe(**{**call_of(pipe, name), 'return_dict': True}).values())), latents)

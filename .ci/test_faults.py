@@ -152,8 +152,9 @@ def state_of(module):
 configs = st.builds(lambda degree, lam, blend, window, alpha, warmup, keep, tolerance: (degree, lam, blend, window, alpha, warmup, keep, tolerance),
     st.integers(0, 6), st.sampled_from([0, 0., .01, .1, 10.]), st.sampled_from([0, .3, .5, 1]), st.floats(1, 6), st.floats(0, 4), st.integers(1, 8), st.none() | st.integers(1, 8), st.none() | st.floats(0, 3))
 def config_of(c):
-    try: return SpectrumConfig(*c)
-    except ValueError: return SpectrumConfig(c[0], .1, *c[2:])
+    settings = dict(zip(('degree', 'lam', 'blend', 'window', 'alpha', 'warmup', 'keep', 'tolerance'), c))
+    try: return SpectrumConfig.paper(**settings)
+    except ValueError: return SpectrumConfig.paper(**settings | dict(lam=.1))
 SHAPES, DTYPES = ((2, 4), (3, 5), (1,), (1, 64), (2, 8, 16), (7, 64)), tuple(EPS)
 kinds, contexts = st.tuples(st.sampled_from(SHAPES), st.sampled_from(DTYPES)), st.sampled_from(['', 'cond', 'uncond', 'α/2'])
 steps_of_program = st.lists(st.one_of(
@@ -214,17 +215,17 @@ def test_programs_of_calls_and_faults_do_what_the_model_says(config, n, kind, pr
 
 
 def test_a_feature_that_changes_its_shape_at_two_passes_in_a_row_begins_two_histories():
-    with apply_spectrum(toy := Toy(), SpectrumConfig(), 20): [toy(torch.ones(2, 4), 0., copies=min(i, 2) + 1) for i in range(20)]
+    with apply_spectrum(toy := Toy(), SpectrumConfig.paper(), 20): [toy(torch.ones(2, 4), 0., copies=min(i, 2) + 1) for i in range(20)]
 
 def test_a_feature_may_be_a_scalar():
-    with apply_spectrum(toy := Toy(), SpectrumConfig(blend=0), 9): assert [toy(torch.tensor(1.), float(i)).item() for i in range(9)] == pytest.approx([2*(1 + 3*i) for i in range(9)])
+    with apply_spectrum(toy := Toy(), SpectrumConfig.paper(blend=0), 9): assert [toy(torch.tensor(1.), float(i)).item() for i in range(9)] == pytest.approx([2*(1 + 3*i) for i in range(9)])
 
 def test_an_empty_batch_passes_as_it_does_without():
-    with apply_spectrum(toy := Toy(), SpectrumConfig(), 9): assert [toy(torch.ones(0, 4), float(i)).shape for i in range(9)] == [(0, 4)]*9
+    with apply_spectrum(toy := Toy(), SpectrumConfig.paper(), 9): assert [toy(torch.ones(0, 4), float(i)).shape for i in range(9)] == [(0, 4)]*9
 
 def test_contexts_that_differ_by_a_blank_do_not_mix():
     toy = Toy()
-    with apply_spectrum(toy, SpectrumConfig(), 9) as run:
+    with apply_spectrum(toy, SpectrumConfig.paper(), 9) as run:
         for i in range(9):
             for name in ('a', 'a '):
                 with toy.cache_context(name): toy(torch.ones(2), float(i))
@@ -234,11 +235,11 @@ def test_a_head_that_works_in_float32_is_forecast_in_float32():
     class Upcast(Toy):
         def forward(self, hidden_states, timestep): return super().forward(hidden_states.float(), timestep)
     x, toy = torch.ones(2, 64, dtype=torch.bfloat16), Upcast()
-    with apply_spectrum(toy, SpectrumConfig(blend=0), 9): got = [toy(x, i*.1)[0, 0].item() for i in range(9)]        # the feature of step 0 is 1, exact in bfloat16
+    with apply_spectrum(toy, SpectrumConfig.paper(blend=0), 9): got = [toy(x, i*.1)[0, 0].item() for i in range(9)]        # the feature of step 0 is 1, exact in bfloat16
     assert got == pytest.approx([2*(1 + .3*i) for i in range(9)], rel=1e-5)
 
 def test_removal_during_a_call_does_not_spoil_it():
-    toy = Toy(); handle = apply_spectrum(toy, SpectrumConfig(blend=0), 9)
+    toy = Toy(); handle = apply_spectrum(toy, SpectrumConfig.paper(blend=0), 9)
     for i in range(5): toy(torch.ones(2), float(i))
     toy.embed.forward = lambda x: (handle.remove(), x)[1]                      # as another thread, or a callback, might
     try: got = toy(torch.ones(2), 5.)                                          # a forecast
@@ -246,7 +247,7 @@ def test_removal_during_a_call_does_not_spoil_it():
     assert got.tolist() == [32., 32.], f'{got.tolist()} came out'
 
 def test_a_wrapper_put_on_later_survives_removal():
-    toy, calls = Toy(), []; handle = apply_spectrum(toy, SpectrumConfig(), 9); inner = toy.forward
+    toy, calls = Toy(), []; handle = apply_spectrum(toy, SpectrumConfig.paper(), 9); inner = toy.forward
     toy.forward = lambda *args: (calls.append(1), inner(*args))[1]
     handle.remove(); toy(torch.ones(2), 0.)
     assert calls
@@ -254,7 +255,7 @@ def test_a_wrapper_put_on_later_survives_removal():
 def test_removal_frees_the_history_of_an_unfinished_run_at_once():
     toy = Toy(); gc.collect(); gc.disable()
     try:
-        with apply_spectrum(toy, SpectrumConfig(), 20) as handle:
+        with apply_spectrum(toy, SpectrumConfig.paper(), 20) as handle:
             for i in range(8): toy(torch.ones(2, 64), float(i))
             kept = weakref.ref(handle.hooks[0].runs[''].histories[0].buffer)
         del handle
@@ -342,7 +343,7 @@ def two_pipes():
     return pipes
 
 def test_two_threads_with_a_pipeline_each_draw_what_one_draws(two_pipes):
-    rounds, config = 12 if NIGHTLY else 3, SpectrumConfig(alpha=2)
+    rounds, config = 12 if NIGHTLY else 3, SpectrumConfig.paper(alpha=2)
     def work(k, into): into[k] = [picture(two_pipes[k], s, config) for s in range(k, rounds, 2)]
     alone, together, untouched = {}, {}, [state_of(p.transformer) for p in two_pipes]
     for k in range(2): work(k, alone)
@@ -370,9 +371,9 @@ def test_a_second_thread_is_refused_and_harms_nothing(at, where, continued):
             if intrude and i == at: intrude()
             out.append(toy(torch.ones(2, 4), float(i)))
         return torch.stack(out)
-    with apply_spectrum(toy := Toy(), SpectrumConfig(), 20) as run: want = loop(toy)
+    with apply_spectrum(toy := Toy(), SpectrumConfig.paper(), 20) as run: want = loop(toy)
     toy, refused = Toy(), []
-    with apply_spectrum(toy, SpectrumConfig(), 20) as other:
+    with apply_spectrum(toy, SpectrumConfig.paper(), 20) as other:
         def intrude(): refused.append(in_thread(lambda: toy(torch.zeros(2, 4), 0.)))
         if continued: got = loop(toy, intrude if at else None)                                       # between two calls of a run that goes on
         else:
@@ -390,7 +391,7 @@ def test_a_second_thread_is_refused_and_harms_nothing(at, where, continued):
     if not continued and where in ('embed', 'norm_out', 'proj_out'): assert len(refused) == 1
 
 def test_two_pipelines_in_turns_on_one_denoiser_mix_nothing():
-    toy, config = Toy(), SpectrumConfig(blend=0)               # each run drops what was kept of the other: nothing is saved, and nothing is wrong
+    toy, config = Toy(), SpectrumConfig.paper(blend=0)               # each run drops what was kept of the other: nothing is saved, and nothing is wrong
     handle = apply_spectrum(toy, config, 20)
     pipes = [SimpleNamespace(scheduler=FakeScheduler('index'), config={}, num_timesteps=20) for _ in range(2)]
     clocks = [PipelineClock(p, toy) for p in pipes]
@@ -403,7 +404,7 @@ def test_two_pipelines_in_turns_on_one_denoiser_mix_nothing():
         for k, out in enumerate((step(0, i), in_thread(lambda: step(1, i)))): assert torch.allclose(out, torch.full((2,), 2*(k + 3.*i)))
 
 def test_a_thread_that_was_refused_once_is_refused_again():
-    toy = Toy(); handle = apply_spectrum(toy, SpectrumConfig(), 20)
+    toy = Toy(); handle = apply_spectrum(toy, SpectrumConfig.paper(), 20)
     (pipe := SimpleNamespace(scheduler=FakeScheduler('index'), config={}, num_timesteps=20)).scheduler.start(20, 0, 1)
     handle.hooks[0].clock = PipelineClock(pipe, toy)
     toy(torch.ones(2), 0.); pipe.scheduler.step(0, 0)
@@ -418,7 +419,7 @@ def resident(): return int(Path('/proc/self/statm').read_text().split()[1])*os.s
 def ours(): return sum(isinstance(o, (SpectrumHandle, SpectrumHook, Run, RunStats, History, Plan)) for o in gc.get_objects())
 
 def test_a_thousand_short_runs_leave_nothing():
-    toy, config, watched = Toy(), SpectrumConfig(warmup=2), []
+    toy, config, watched = Toy(), SpectrumConfig.paper(warmup=2), []
     untouched = state_of(toy)
     def short_run(i):
         with contextlib.suppress(Bang, KeyboardInterrupt), apply_spectrum(toy, config, 6, feature='output' if i % 5 == 4 else 'hidden') as handle:
@@ -435,7 +436,7 @@ def test_a_thousand_short_runs_leave_nothing():
     assert resident() - before < 2_000_000 and len(gc.get_objects()) - objects < 200
 
 def test_one_handle_for_many_runs_keeps_their_statistics_only():
-    toy = Toy(); handle = apply_spectrum(toy, SpectrumConfig(warmup=2), 8)
+    toy = Toy(); handle = apply_spectrum(toy, SpectrumConfig.paper(warmup=2), 8)
     def runs(n):
         for i in range(n):
             for k in range(8 if i % 3 else 5): toy(torch.ones(2, 64), float(k))
@@ -449,7 +450,7 @@ def test_one_handle_for_many_runs_keeps_their_statistics_only():
 
 @pytest.mark.parametrize('feature', ['hidden', 'output'])
 def test_a_deep_copy_under_spectrum_is_a_copy_or_is_refused_in_words(feature):
-    toy = Toy(); handle = apply_spectrum(toy, SpectrumConfig(), 20, feature=feature)
+    toy = Toy(); handle = apply_spectrum(toy, SpectrumConfig.paper(), 20, feature=feature)
     try: twin = copy.deepcopy(toy)
     except Exception as e:
         assert 'Spectrum' in str(e)
@@ -461,7 +462,7 @@ def test_saved_under_spectrum_is_saved_as_without(two_pipes, tmp_path):
     pipe = two_pipes[0]
     pipe.transformer.save_pretrained(tmp_path/'plain'); pipe.save_pretrained(tmp_path/'pipe')
     keys = list(pipe.transformer.state_dict())
-    with apply_spectrum(pipe):
+    with apply_spectrum(pipe, SpectrumConfig.paper()):
         assert list(pipe.transformer.state_dict()) == keys
         pipe.transformer.save_pretrained(tmp_path/'applied'); pipe.save_pretrained(tmp_path/'pipe2')
     files = lambda folder: {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
@@ -814,7 +815,7 @@ def test_a_damaged_calibration_is_refused_or_plans(tmp_path_factory, key, value,
     assert made.plan(8).n_steps == 28
 
 @examples(150, 1500)
-@given(st.tuples(*[st.one_of(st.integers(-2, 9), numbers, st.sampled_from([None, True, 'x', [], 10**30, np.float32(.5), np.int64(3)]))]*8), st.integers(-1, 30))
+@given(st.tuples(*[st.one_of(st.integers(-2, 9), numbers, st.sampled_from([None, True, 'x', [], 10**30, np.float32(.5), np.int64(3), 'window', 'uniform']))]*13), st.integers(-1, 30))
 def test_a_config_is_refused_or_planned(settings, n):
     if isinstance(settings[0], int) and abs(settings[0]) > 99: reject()
     try: plan = make_plan(SpectrumConfig(*settings), n)

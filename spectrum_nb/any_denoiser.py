@@ -218,7 +218,7 @@ def denoiser_classes():
     "{name: class} of all that diffusers exports in models.transformers and models.unets"
     return {n: c for module in (transformers, unets) for n, c in vars(module).items() if inspect.isclass(c) and issubclass(c, nn.Module)}
 
-# %% ../nbs/15_any_denoiser.ipynb #fd5b60b8
+# %% ../nbs/15_any_denoiser.ipynb #3377b136
 def features_of(out):
     "The tensors in what a denoiser returned, that are forecast"
     return [x for x in pytree.tree_leaves(out) if is_feature(x)]
@@ -243,11 +243,11 @@ def try_denoiser(
         blocks = blocks_of(model, anatomy)
         for head in anatomy.heads:
             with head_hook(model.get_submodule(head), lambda h: shapes.setdefault(head, tuple(h.shape)) and h): model(**call)
-        with apply_spectrum(model, SpectrumConfig(window=1, alpha=0), n_steps=6):
+        with apply_spectrum(model, SpectrumConfig(speedup=1), n_steps=6):
             assert all(same(run()) for _ in range(6)), 'with every step a pass the output is not bit-identical'
         worst = 0.
         for feature in ('hidden', 'output'):
-            with count_calls(blocks) as calls, apply_spectrum(model, SpectrumConfig(window=2, alpha=0, warmup=2, blend=0), n_steps=8, feature=feature) as handle:
+            with count_calls(blocks) as calls, apply_spectrum(model, SpectrumConfig.paper(window=2, alpha=0, warmup=2, blend=0), n_steps=8, feature=feature) as handle:
                 for i in range(8):
                     ran, out = list(calls), run()
                     ran = [b > a for a, b in zip(ran, calls)]

@@ -61,7 +61,7 @@ def timed(f, repeats):
         seconds.append(now() - start)
     return float(np.median(seconds[1:]))
 
-# %% ../nbs/24_bench.ipynb #c05de787
+# %% ../nbs/24_bench.ipynb #f1cfa5e6
 def textbook_forecast(
     features,  # list of K tensors, the features of the passes
     tau,       # [K] their times
@@ -78,7 +78,7 @@ def textbook_forecast(
 
 def forecast_case(kind, n_features, dtype, device, repeats):
     "Seconds of one way to forecast at step 49, and its peak memory over the history's own; run in a process of its own"
-    plan = make_plan(SpectrumConfig(blend=1), 50)
+    plan = make_plan(SpectrumConfig.paper(blend=1), 50)
     run, small = Run(plan, '', None, measure=False), Run(plan, '', None, measure=False)
     torch.manual_seed(0)
     feature = torch.empty(n_features, dtype=dtype, device=device)
@@ -118,7 +118,7 @@ def forecast_bench(
     return dict(rows=rows, speedup=cases['textbook']['seconds']/cases['ours']['seconds'], over_read=cases['ours']['seconds']/cases['read']['seconds'],
                 provenance=dict(feature=f'{tokens}×{width} {str(dtype)[6:]}', passes=14, command='spectrum-nb bench --what forecast --out forecast_cost.json') | provenance(device))
 
-# %% ../nbs/24_bench.ipynb #9a737e80
+# %% ../nbs/24_bench.ipynb #319048ac
 def step_seconds(
     pipe,        # pipeline
     prompts,     # list of prompts, one batch
@@ -173,7 +173,7 @@ def loop_bench(
     turn:float=.5,   # seconds of a turn
 ):                   # list of rows
     "Speed-up and efficiency of 14- and 10-pass runs over the full run, loop against loop, in turns"
-    configs = {'full': None, 'α = 0.75': SpectrumConfig(), 'α = 3': SpectrumConfig(alpha=3)}
+    configs = {'full': None, 'α = 0.75': SpectrumConfig.paper(), 'α = 3': SpectrumConfig.paper(alpha=3)}
     pipes = [load() for _ in configs]
     repeats = [n_steps//len(make_plan(config, n_steps).passes) + 1 if config else 1 for config in configs.values()]
     def job(pipe, config, n, next_turn):
@@ -217,7 +217,7 @@ def loops_bench(
         if model == 'tiny-flux': split[str(batch)] = step_split(pipe, prompts, call)
     return dict(rows=rows, split=split)
 
-# %% ../nbs/24_bench.ipynb #40fe0dc8
+# %% ../nbs/24_bench.ipynb #8030e20e
 def step_split(
     pipe,           # pipeline with one denoiser and one call a step
     prompts,        # a batch of prompts
@@ -226,7 +226,7 @@ def step_split(
 ):                  # {part: milliseconds}
     "Where the time of a forecast step goes, beside that of a full pass"
     denoiser, = find_denoisers(pipe).values()
-    anatomy, plan, seen, starts, ends = find_anatomy(denoiser), make_plan(SpectrumConfig(), 50), {}, [], []
+    anatomy, plan, seen, starts, ends = find_anatomy(denoiser), make_plan(SpectrumConfig.paper(), 50), {}, [], []
     run = lambda *args: step_seconds(pipe, prompts, range(len(prompts)), call, *args, output_type='latent')
     watch = [denoiser.register_forward_pre_hook(lambda m, args, kwargs: seen.update(call=(args, kwargs)), with_kwargs=True),
              getattr(denoiser, anatomy.head).register_forward_pre_hook(lambda m, args: seen.update(feature=args[0]))]

@@ -24,7 +24,7 @@ from .presets import call_defaults, held_captions, load_pipeline, seen_captions
 from .rivals import Method, run_methods, second_order, summary
 from .schedule import alpha_for_passes, spaced_passes
 
-# %% ../nbs/29_calibrated.ipynb #4297c6ca
+# %% ../nbs/29_calibrated.ipynb #4e5436bb
 BUDGETS = {50: (14, 10, 8), 28: (10, 8)}      # steps: passes
 PAPER = {(50, 14): .75, (50, 10): 3.}         # growth of the window in the paper; for other budgets the smallest that spends them
 
@@ -32,8 +32,8 @@ def even_plans(
     n_passes:int, # passes
     n_steps:int,  # steps
 ):                # {name: SpectrumConfig}
-    "What needs no calibration: straight lines over equal gaps, and over gaps of equal Σ|Δσ|^½"
-    return {f'{name}, linear': config_for_passes(n_passes, n_steps, schedule, blend=0) for name, schedule in (('uniform', 'uniform'), ('σ', 'sigma'))}
+    "What needs no calibration: straight lines over equal gaps, and over gaps of equal Σ|Δσ|^½, and the default, which adds a little of the Chebyshev forecast to those"
+    return {f'{name}, linear': config_for_passes(n_passes, n_steps, schedule, blend=0) for name, schedule in (('uniform', 'uniform'), ('σ', 'sigma'))} | dict(default=config_for_passes(n_passes, n_steps))
 
 def all_plans(
     calibration,  # Calibration
@@ -42,7 +42,7 @@ def all_plans(
     "The ways to spend so many passes that are compared"
     n = calibration.n_steps
     alpha = PAPER.get((n, n_passes)) or alpha_for_passes(n_passes, n)
-    return {'paper, w = 0.5': SpectrumConfig(alpha=alpha), 'paper, w = 1': SpectrumConfig(alpha=alpha, blend=1), 'TaylorSeer': taylor_plan(spaced_passes(n_passes, n, warmup=3), n),
+    return {'paper, w = 0.5': SpectrumConfig.paper(alpha=alpha), 'paper, w = 1': SpectrumConfig.paper(alpha=alpha, blend=1), 'TaylorSeer': taylor_plan(spaced_passes(n_passes, n, warmup=3), n),
             **even_plans(n_passes, n), 'calibrated': calibration.plan(n_passes)}
 
 def calibrated_bench(
@@ -70,7 +70,7 @@ def calibrated_bench(
     for row, r in zip(rows, results): row['converged_psnr'] = quality(r['samples'][:few], end)['psnr']
     return rows
 
-# %% ../nbs/29_calibrated.ipynb #cf69a8a4
+# %% ../nbs/29_calibrated.ipynb #0a66ed90
 def many_plans(
     calibration,  # Calibration
     budgets=(8, 10, 14, 20),
@@ -82,14 +82,15 @@ def many_plans(
         even, chance = spaced_passes(k, n), [0, *sorted(rng.choice(np.arange(1, n), k - 1, replace=False).tolist())]
         plans += [(f'uniform, {name}', False, make(even, n)) for name, make in (('reuse', reuse_plan), ('linear', taylor_plan), ('quadratic', lambda p, n: taylor_plan(p, n, 2)))]
         plans += [('random, linear', False, taylor_plan(chance, n))]
-        plans += [(f'searched, {f}, by {by}', True, bare.plan(k, forecaster=f, judged_by=by)) for f in ('linear', 'gram') for by in ('output', 'hidden')]
-    return plans + [(f'paper α = {a:g} w = {w:g}', False, make_plan(SpectrumConfig(alpha=a, blend=w), n)) for a in (.25, .75, 1.5, 3) for w in (.5, 1)]
+        plans += [(f'searched, {f}, by {by}', True, bare.plan(k, forecaster=f, places=by)) for f in ('linear', 'gram') for by in ('output', 'hidden')]
+    return plans + [(f'paper α = {a:g} w = {w:g}', False, make_plan(SpectrumConfig.paper(alpha=a, blend=w), n)) for a in (.25, .75, 1.5, 3) for w in (.5, 1)]
 
 def foretold_bench(
     model:str,       # preset of a tiny model
     n_steps:int=50,  # steps
     n_prompts:int=8, # held-out captions, a seed each
     device='cpu',
+    budgets=(8, 10, 14, 20), # see `many_plans`
 ):                   # list of dicts
     "Foretold and measured error of many plans on one model"
     pipe, calibration = load_pipeline(model, device), shipped_calibration(model, n_steps)
@@ -97,12 +98,12 @@ def foretold_bench(
     call = call_defaults(pipe, model)
     def sample(): return pipe(held_captions(call, n_prompts), num_inference_steps=n_steps, generator=[torch.Generator().manual_seed(3000 + i) for i in range(n_prompts)], output_type='latent', **call)[0]
     full, rows = sample(), []
-    for name, searched, plan in tqdm(many_plans(calibration), desc=model):
+    for name, searched, plan in tqdm(many_plans(calibration, budgets), desc=model):
         with apply_spectrum(pipe, plan, measure=False): off = [relative_distance(a, b) for a, b in zip(sample(), full)]
         rows.append(dict(name=name, searched=searched, passes=len(plan.passes), foretold=calibration.predicted_error(plan, corrected=False), measured=float(gmean(off))))
     return rows
 
-# %% ../nbs/29_calibrated.ipynb #133fed9f
+# %% ../nbs/29_calibrated.ipynb #f26acc6d
 @contextmanager
 def adapted(
     denoiser,       # nn.Module; its weights are back when the context ends
@@ -142,14 +143,16 @@ def transfer_bench(
     n_prompts:int=32, # held-out captions, a seed each
     n_passes:int=10,  # passes
     device='cpu',
+    settings=None,    # names of `changed` to try; by default all
 ):                    # list of rows
     "How the shipped calibration's plan does where it was not made, beside one made there"
     shipped, pipe, rows = shipped_calibration(model), load_pipeline(model, device), []
     own, (denoiser,) = pipe.scheduler, find_denoisers(pipe).values()
     pipe.set_progress_bar_config(disable=True)
-    for name, (arguments, settings, n, other) in changed(model).items():
+    for name, (arguments, grid, n, other) in changed(model).items():
+        if settings and name not in settings: continue
         call = call_defaults(pipe, model) | arguments
-        pipe.scheduler = type(own).from_config(own.config, **settings) if settings else own
+        pipe.scheduler = type(own).from_config(own.config, **grid) if grid else own
         with adapted(denoiser) if other else nullcontext():
             there = record(pipe, seen_captions(call, 16 if name == 'as calibrated' else 4), n, **call)
             subsets = {f'calibrated there, {k} prompt{"s"*(k > 1)}': there.subset(range(k)) for k in (1, 4, 16) if k == 4 or name == 'as calibrated'}

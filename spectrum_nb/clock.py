@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOISY', 'Moment', 'CallClock', 'step_of', 'place_of', 'begin_of', 'unwrapped', 'calling_pipeline', 'noise_of',
-           'PipelineClock']
+           'levels_of', 'PipelineClock']
 
 # %% ../nbs/08_clock.ipynb #5f5d939f
 import sys
@@ -35,7 +35,7 @@ class CallClock:
     def reset(self): self.run = object()
     def now(self, timestep=None): return Moment(self.run, self.n_steps)
 
-# %% ../nbs/08_clock.ipynb #4ef63f51
+# %% ../nbs/08_clock.ipynb #10c4156f
 def step_of(
     scheduler,      # diffusers scheduler
     begin:int=0,    # the first of its timesteps that is used
@@ -83,6 +83,17 @@ def noise_of(
     name, config = type(scheduler).__name__, getattr(scheduler, 'config', {})
     return name if name.removesuffix('Scheduler') in NOISY or str(config.get('algorithm_type')).startswith('sde') or config.get('stochastic_sampling') else ''
 
+def levels_of(
+    scheduler,  # diffusers scheduler with its timesteps set
+):              # tuple with one more than those; or None, where it does not tell
+    "Noise levels before each of a scheduler's timesteps and after the last: its `sigmas`, or those that its `alphas_cumprod` mean"
+    levels, times = getattr(scheduler, 'sigmas', None), scheduler.timesteps
+    if levels is not None and 0 < len(levels) - len(times) < 4: return tuple(float(s) for s in levels[:len(times) + 1])     # some repeat the last
+    kept = getattr(scheduler, 'alphas_cumprod', None)
+    if levels is not None or kept is None or times.is_floating_point(): return None
+    kept = kept[times.cpu()]
+    return *((1 - kept)/kept).sqrt().tolist(), 0.
+
 class PipelineClock:
     "Run, length and step of one denoiser, as the calling pipeline and its scheduler tell them"
     def __init__(self,
@@ -106,9 +117,9 @@ class PipelineClock:
         if self._run[0] is not times:                                                     # a new run
             left = times[(begin := begin_of(scheduler, timestep)):]                       # fewer in image-to-image
             left = left[:getattr(pipe, 'num_timesteps', None) or len(left)]               # or where a pipeline stops early (SDXL's denoising_end)
-            share, levels = self.share(pipe, left), getattr(scheduler, 'sigmas', None)
+            share, levels = self.share(pipe, left), levels_of(scheduler)
             start, stop = begin + share.start, begin + share.stop
-            self._run = times, share, begin, noise_of(scheduler), tuple(float(s) for s in (*levels[start:stop:order], levels[stop])) if levels is not None and len(levels) > stop else None
+            self._run = times, share, begin, noise_of(scheduler), levels and (*levels[start:stop:order], levels[stop])
         _, share, begin, noisy, sigmas = self._run
         call = step_of(scheduler, begin, timestep)
         n_steps = -(-len(share)//order)

@@ -339,7 +339,7 @@ def is_feature(x):
 
 TWO_THREADS = 'this {} is in the middle of a run in another thread: histories would mix; give each thread a pipeline and a denoiser of its own'
 
-# %% ../nbs/09_hook.ipynb #2704f122
+# %% ../nbs/09_hook.ipynb #d34cc7d1
 DENOISERS = ('transformer', 'transformer_2', 'unconditional_transformer', 'unet')    # the names under which pipelines hold them
 
 @contextmanager
@@ -364,18 +364,18 @@ class SpectrumHandle:
 
     def plan_for(self, n_steps, rest=False, sigmas=None):
         "The plan of a run of `n_steps`, or of the `rest` of one whose history was lost"
-        key = n_steps, rest, sigmas if getattr(self.config, 'schedule', '') == 'sigma' else None
+        key = n_steps, rest, sigmas if getattr(self.config, 'schedule', '') in ('auto', 'sigma') else None
         if key not in self._plans: self._plans[key] = self._new_plan(*key)
         return self._plans[key]
 
     def _new_plan(self, n_steps, rest, sigmas):
         if isinstance(self.config, Plan):
-            if rest: return make_plan(SpectrumConfig(window=1, alpha=0), n_steps)
+            if rest: return make_plan(SpectrumConfig(speedup=1), n_steps)
             if self.config.n_steps != n_steps:
                 raise ValueError(f'the plan is for {self.config.n_steps} steps but the run has {n_steps}; make_plan(config, n_steps={n_steps}), or pass the config itself')
             return self.config
-        if n_steps <= self.config.warmup and not rest:      # said once for each length: plans are kept
-            warnings.warn(f'a run of {n_steps} steps is no longer than the warm-up of {self.config.warmup}: every step is a full pass, nothing is saved', stacklevel=2)
+        if n_steps <= self.config.warmup + self.config.last and not rest:      # said once for each length: plans are kept
+            warnings.warn(f'a run of {n_steps} steps is no longer than the passes at its start ({self.config.warmup}) and end ({self.config.last}): every step is a full pass, nothing is saved', stacklevel=2)
         return make_plan(self.config, n_steps, sigmas)
 
     def new_run(self, moment, context, module):

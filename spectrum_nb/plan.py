@@ -17,32 +17,34 @@ import numpy as np
 from .forecast import forecast_weights, newton_weights
 from .schedule import alpha_for_passes, spaced_passes, window_passes
 
-# %% ../nbs/05_plan.ipynb #6dacdaf7
+# %% ../nbs/05_plan.ipynb #6e35551a
 @dataclass(frozen=True)
 class SpectrumConfig:
     "Settings of Spectrum; a `ValueError` (wrong value) or `TypeError` (wrong kind) names what cannot work"
     degree:int=4      # M, highest Chebyshev degree (authors: m)
     lam:float=.1      # λ, ridge strength (authors: lam)
-    blend:float=.5    # w, share of the Chebyshev forecast, the rest being linear; 1 is the paper (authors: w)
-    window:float=2.   # N, first distance between passes (authors: window_size)
-    alpha:float=.75   # α, growth of that distance after each pass (authors: flex_window)
-    warmup:int=5      # passes at the start (authors: warmup_steps)
+    blend:float=.15   # w, share of the Chebyshev forecast, the rest being linear; 1 is the paper (authors: w)
+    window:float=None # N, first distance between passes, of the schedule `'window'`: 2 there (authors: window_size)
+    alpha:float=None  # α, growth of that distance after each pass, of the schedule `'window'`: 0.75 there (authors: flex_window)
+    warmup:int=1      # passes at the start (authors: warmup_steps)
     keep:int=None     # passes that a forecast may use, the latest ones: a cap on memory; None for all
     tolerance:float=None  # relative error, measured at a pass, above which the next step is a full pass, too; None for never
-    schedule:str='window' # where the passes are: `'window'`, the paper's growing gaps; `'uniform'`, equal gaps; `'sigma'`, closer where the sampler's steps are large
-    n_passes:int=None     # how many, for `'uniform'` and `'sigma'`
+    schedule:str='auto'   # where the passes are: `'sigma'`, closer where the sampler's steps are large; `'uniform'`, equal gaps; `'auto'`, the first where the sampler tells its noise levels, else the second; `'window'`, the paper's growing gaps
+    speedup:float=3.5     # steps ÷ passes, at least; `'window'` counts by itself
+    n_passes:int=None     # or the number of passes itself
     power:float=.5        # q of `'sigma'`: gaps with equal sums of |Δσ|^q
-    last:int=0            # passes forced at the end
+    last:int=1            # passes at the end
 
     def __post_init__(self):
-        for name, low, kind, high in (('degree', 0, Integral, None), ('lam', 0, Real, None), ('blend', 0, Real, 1),
-                                      ('window', 1, Real, None), ('alpha', 0, Real, None), ('warmup', 1, Integral, None)):
-            check_number(name, getattr(self, name), low, kind, high)
-        if self.schedule not in ('window', 'uniform', 'sigma'): raise ValueError(f"schedule must be 'window', 'uniform' or 'sigma', not {self.schedule!r}")
-        if (self.n_passes is None) != (self.schedule == 'window'): raise ValueError(f"schedule {self.schedule!r} {'counts its passes itself (alpha): leave n_passes out, or ask config_for_passes' if self.schedule == 'window' else 'needs n_passes'}")
-        check_number('power', self.power, 0, Real); check_number('last', self.last, 0, Integral)
-        for name, low, kind in (('keep', 1, Integral), ('tolerance', 0, Real), ('n_passes', 1, Integral)):
+        if self.schedule not in (known := ('auto', 'sigma', 'uniform', 'window')): raise ValueError(f'schedule must be one of {known}, not {self.schedule!r}')
+        for name, value in dict(window=2., alpha=.75).items():
+            if self.schedule == 'window' and getattr(self, name) is None: object.__setattr__(self, name, value)
+            if self.schedule != 'window' and getattr(self, name) is not None: raise ValueError(f"{name} belongs to the paper's schedule, which is not the default any more: SpectrumConfig.paper({name}={getattr(self, name)!r}), or say speedup or n_passes")
+        for name, low, kind, high in (('degree', 0, Integral, None), ('lam', 0, Real, None), ('blend', 0, Real, 1), ('warmup', 1, Integral, None),
+                                      ('speedup', 1, Real, None), ('power', 0, Real, None), ('last', 0, Integral, None)): check_number(name, getattr(self, name), low, kind, high)
+        for name, low, kind in (('window', 1, Real), ('alpha', 0, Real), ('keep', 1, Integral), ('tolerance', 0, Real), ('n_passes', 1, Integral)):
             if getattr(self, name) is not None: check_number(name, getattr(self, name), low, kind)
+        if self.n_passes is not None and self.schedule == 'window': raise ValueError("schedule 'window' counts its passes itself (alpha): leave n_passes out, or ask config_for_passes")
         if self.n_passes is not None and self.n_passes < self.warmup + self.last: raise ValueError(f'{self.warmup} passes at the start and {self.last} at the end are more than the {self.n_passes} of n_passes')
         known = min(self.warmup, self.keep or self.warmup)
         if self.lam == 0 and self.blend > 0 and known <= self.degree:
@@ -50,17 +52,20 @@ class SpectrumConfig:
                              f'use lam > 0, degree <= {known - 1}, or warmup and keep >= {self.degree + 1}')
 
     @classmethod
-    def paper(cls, **settings): return cls(**dict(degree=4, lam=.1, blend=.5, window=2., alpha=.75, warmup=5, schedule='window') | settings)
+    def paper(cls, **settings):
+        "The paper's schedule and the authors' settings, with some of them changed"
+        return cls(**dict(degree=4, lam=.1, blend=.5, window=2., alpha=.75, warmup=5, last=0, schedule='window') | settings)
 
     def passes(self,
         n_steps:int,  # number of steps of the run
-        sigmas=None,  # [n_steps + 1] noise levels of the sampler, for the schedule `'sigma'`
+        sigmas=None,  # [n_steps + 1] noise levels of the sampler, where it tells them
     ):                # ascending list
         "The passes of a run; one no longer than what must be has all its steps as passes"
         start = min(self.warmup, n_steps); end = min(self.last, n_steps - start)
         if self.schedule == 'window': return sorted({*window_passes(n_steps, self.window, self.alpha, self.warmup), *range(n_steps - end, n_steps)})
         if self.schedule == 'sigma' and sigmas is None: raise ValueError("the schedule 'sigma' needs the noise levels of the sampler: apply it to a pipeline whose scheduler has sigmas, or pass them to make_plan")
-        return spaced_passes(min(self.n_passes, n_steps), n_steps, start, step_density(sigmas, self.power) if self.schedule == 'sigma' else None, end)
+        wanted = max(int(n_steps/self.speedup + 1e-9), start + end) if self.n_passes is None else self.n_passes
+        return spaced_passes(min(wanted, n_steps), n_steps, start, None if sigmas is None or self.schedule == 'uniform' else step_density(sigmas, self.power), end)
 
 def step_density(
     sigmas,  # [n + 1] noise levels
@@ -72,12 +77,13 @@ def step_density(
     return np.maximum(np.abs(np.diff(levels)), 1e-9)**power
 
 def check_number(name, value, low, kind=Real, high=None):
-    "Raise unless `value` is a finite number of `kind` with low ≤ value ≤ high"
+    "`value`, if it is a finite number of `kind` with low ≤ value ≤ high, else an error"
     want = f'{"an integer" if kind is Integral else "a number"} {f"from {low} to {high}" if high is not None else f">= {low}"}'
     if isinstance(value, bool) or not isinstance(value, kind): raise TypeError(f'{name} must be {want}, not {value!r}')
     try: finite = math.isfinite(value)
     except OverflowError: finite = False        # an integer beyond every float
     if not (finite and value >= low and (high is None or value <= high)): raise ValueError(f'{name} must be {want}, not {value!r}')
+    return value
 
 # %% ../nbs/05_plan.ipynb #0985b2b4
 def check_passes(passes, n):
@@ -155,7 +161,7 @@ class Plan:
 
     def __repr__(self): return f'Plan({self.name!r}, {len(self.passes)} passes of {self.n_steps} steps: {" ".join(map(str, self.passes))})'
 
-# %% ../nbs/05_plan.ipynb #6543f91c
+# %% ../nbs/05_plan.ipynb #f18eee13
 def plan_from(
     passes,        # ascending steps at which all blocks run
     n_steps:int,   # number of steps of the run
@@ -177,7 +183,7 @@ def plan_from(
 def make_plan(
     config:SpectrumConfig,  # settings
     n_steps:int,            # number of steps of the run, from 1
-    sigmas=None,            # [n_steps + 1] noise levels of the sampler, for the schedule `'sigma'`
+    sigmas=None,            # [n_steps + 1] noise levels of the sampler, where it tells them
 ):                          # Plan
     "Spectrum's plan: the passes of the config's schedule and the blended Chebyshev forecast"
     check_number('n_steps', n_steps, 1, Integral)
@@ -186,19 +192,19 @@ def make_plan(
         kept = known[-(config.keep or len(known)):]
         weights = forecast_weights(kept, steps, n_steps, config.degree, config.lam, config.blend)
         return np.pad(weights, ((0, 0), (len(known) - len(kept), 0)))
-    name = f'Spectrum α={config.alpha:g} w={config.blend:g}' if config.schedule == 'window' else f'Spectrum {config.schedule} {config.n_passes} w={config.blend:g}'
-    return plan_from(config.passes(n_steps, sigmas), n_steps, weights_at, name)
+    passes, rule = config.passes(n_steps, sigmas), config.schedule if config.schedule != 'auto' else 'uniform' if sigmas is None else 'sigma'
+    return plan_from(passes, n_steps, weights_at, f'Spectrum α={config.alpha:g} w={config.blend:g}' if rule == 'window' else f'Spectrum {rule} {len(passes)} w={config.blend:g}')
 
 def config_for_passes(
     n_passes:int,  # wanted number of passes
     n_steps:int,   # number of steps of the run
-    schedule:str='window', # see `SpectrumConfig`
+    schedule:str='auto',   # see `SpectrumConfig`
     **settings,    # further settings
 ):                 # SpectrumConfig
-    "The config that spends a budget: of the paper's schedule the smallest growth that does (a `ValueError` names the nearest budgets if none does); of the others with one pass at the start and one at the end, which is [best](29_calibrated.ipynb)"
+    "The config that spends a budget; of the paper's schedule the smallest growth that does (a `ValueError` names the nearest budgets if none does)"
     check_number('n_passes', n_passes, 1, Integral, n_steps)
-    if schedule != 'window': return SpectrumConfig(schedule=schedule, n_passes=n_passes, **dict(warmup=1, last=min(1, n_passes - 1)) | settings)
-    own = SpectrumConfig(**settings)
+    if schedule != 'window': return SpectrumConfig(schedule=schedule, n_passes=n_passes, **dict(last=min(1, n_passes - 1)) | settings)
+    own = SpectrumConfig.paper(**settings)
     return replace(own, alpha=alpha_for_passes(n_passes, n_steps, own.window, own.warmup))
 
 def taylor_plan(

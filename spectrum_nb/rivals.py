@@ -35,7 +35,7 @@ def second_order(
     solver.register_to_config(**{k: v for k, v in config.items() if k in ('base_shift', 'max_shift', 'base_image_seq_len', 'max_image_seq_len')})  # FLUX's pipeline reads them
     return solver
 
-# %% ../nbs/25_rivals.ipynb #aa38d573
+# %% ../nbs/25_rivals.ipynb #213ce0e1
 @dataclass(frozen=True)
 class Method:
     "One way to spend passes"
@@ -54,8 +54,8 @@ def all_methods(
     if len(find_denoisers(pipe)) > 1: raise ValueError('the passes of two denoisers depend on where one takes over; say yourself how many steps the rivals get, with run_methods')
     own, second = pipe.scheduler, second_order(pipe.scheduler)
     name = lambda a, b: f'Spectrum α = {a:g}' + (f', w = {b:g}' if len(blends) > 1 else '')
-    ours = [Method(name(a, b), n_steps, SpectrumConfig(alpha=a, blend=b), own) for a in alphas for b in blends]
-    budgets = [len(make_plan(SpectrumConfig(alpha=a), n_steps).passes) for a in alphas]
+    ours = [Method(name(a, b), n_steps, SpectrumConfig.paper(alpha=a, blend=b), own) for a in alphas for b in blends]
+    budgets = [len(make_plan(SpectrumConfig.paper(alpha=a), n_steps).passes) for a in alphas]
     fewer = [Method(f'{k} {what}steps', k, None, s) for s, what in (((own, ''), (second, 'UniPC ')) if second is not own else ((own, ''),)) for k in budgets]
     return [Method('full run', n_steps, None, own), *ours, *fewer]
 

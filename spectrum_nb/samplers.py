@@ -15,7 +15,7 @@ from .metrics import quality
 from .plan import SpectrumConfig, make_plan
 from .presets import call_defaults, held_captions, load_pipeline
 
-# %% ../nbs/16_samplers.ipynb #e4b7113e
+# %% ../nbs/16_samplers.ipynb #1ec03a37
 FIXED = dict(clip_sample=False)        # the tiny SDXL's latents are not within ±1
 SAMPLERS = (   # model, scheduler, settings that differ from the preset's
     *[('tiny-sdxl', f'{name}Scheduler', settings) for name, settings in (
@@ -32,7 +32,7 @@ def try_sampler(
     n_steps:int=20,   # steps
     n_samples:int=8,  # samples, one batch
 ):                    # dict: a row of the table
-    "Run one sampler plainly, with every step a pass, with the default plan and with fewer steps; an `AssertionError` if steps, lengths or contexts are not as planned"
+    "Run one sampler plainly, with every step a pass, with the paper's plan and with fewer steps; an `AssertionError` if steps, lengths or contexts are not as planned"
     pipe = load_pipeline(model); pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config, **settings)
     call = call_defaults(pipe, model)
@@ -43,8 +43,8 @@ def try_sampler(
     watch = denoiser.register_forward_pre_hook(lambda *_: calls.append(1))
     try:
         full, n_calls = sample(), len(calls)
-        with apply_spectrum(pipe, SpectrumConfig(window=1, alpha=0)): same = sample()
-        plan = make_plan(SpectrumConfig(), n_steps + ('PNDM' in scheduler and 'IPNDM' not in scheduler))      # PNDM computes its second step twice
+        with apply_spectrum(pipe, SpectrumConfig(speedup=1)): same = sample()
+        plan = make_plan(SpectrumConfig.paper(), n_steps + ('PNDM' in scheduler and 'IPNDM' not in scheduler))      # PNDM computes its second step twice
         with apply_spectrum(pipe, plan) as run: got = sample()
         few = sample(len(plan.passes))
     finally: watch.remove()
