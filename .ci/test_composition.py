@@ -19,12 +19,13 @@ from PIL import Image
 from spectrum_nb.anatomy import blocks_of, count_calls, find_anatomy
 from spectrum_nb.hook import SpectrumHook, apply_spectrum, find_denoisers
 from spectrum_nb.calibrate import record
+from spectrum_nb.clock import levels_of
 from spectrum_nb.plan import Plan, SpectrumConfig, config_for_passes, make_plan
 from spectrum_nb.presets import call_defaults, held_captions, load_pipeline
 
 N = 14
-ONE, DEFAULT = SpectrumConfig(speedup=1), SpectrumConfig.paper()
-PLAN = make_plan(DEFAULT, N)
+ONE, PAPER = SpectrumConfig(speedup=1), SpectrumConfig.paper()
+PLAN = make_plan(PAPER, N)
 NEAR = .2       # relative distance of latents from the run without Spectrum; see test_the_threshold_would_catch_a_broken_history
 ALL = ('tiny-flux', 'tiny-sd3', 'tiny-sdxl', 'tiny-hunyuan', 'tiny-wan')
 TWO = ('tiny-flux', 'tiny-sdxl')
@@ -68,7 +69,7 @@ def by_plan(stats, plan=PLAN):
 
 
 def check(sample, target, denoiser, exact=True, near=NEAR, counted=True, same=None):
-    "The four runs: without, with every step a pass, with the default, after removal. Returns (without, with, stats)"
+    "The four runs: without, with every step a pass, with the paper's plan, after removal. Returns (without, with, stats)"
     same = same or (torch.equal if exact else lambda x, y: relative(x, y) < 1e-4)
     blocks = blocks_of(denoiser)
     plain = sample()
@@ -78,7 +79,7 @@ def check(sample, target, denoiser, exact=True, near=NEAR, counted=True, same=No
         assert by_plan(run.stats, make_plan(ONE, N))
     assert traces(denoiser) == before
     with ExitStack() as stack:
-        run = stack.enter_context(apply_spectrum(target, DEFAULT))
+        run = stack.enter_context(apply_spectrum(target, PAPER))
         counts = stack.enter_context(count_calls(blocks)) if counted else None
         fast = sample()
     assert by_plan(run.stats), run.stats
@@ -89,10 +90,20 @@ def check(sample, target, denoiser, exact=True, near=NEAR, counted=True, same=No
     return plain, fast, run.stats
 
 
+@pytest.mark.parametrize('name', ALL)
+def test_the_default_follows_the_noise_levels(name):
+    pipe, denoiser, sample = load(name)
+    plain, before = sample(), traces(denoiser)
+    with apply_spectrum(pipe) as run: fast = sample()
+    plan = make_plan(SpectrumConfig(), N, levels_of(pipe.scheduler))
+    assert by_plan(run.stats, plan) and len(plan.passes) == 4 and plan.passes != make_plan(SpectrumConfig(), N).passes
+    assert 0 < relative(fast, plain) < .35 and traces(denoiser) == before and torch.equal(sample(), plain)
+
+
 def check_order(sample, target, denoiser, change, plain=None, exact=True, near=NEAR):
     "Spectrum first, `change` second: what `check` asks, while and after; `plain` is what the changed pipeline samples"
     same = torch.equal if exact else lambda x, y: relative(x, y) < 1e-4
-    run = apply_spectrum(target, DEFAULT)
+    run = apply_spectrum(target, PAPER)
     undo = change()
     with count_calls(blocks_of(denoiser)) as counts: fast = sample()
     assert by_plan(run.stats), run.stats
@@ -160,7 +171,7 @@ def test_a_controlnet_and_a_t2i_adapter(name, kind):
     plain, _, _ = check(sample, pipe, denoiser)
     assert relative(plain, without()) > .01                     # the control has an effect
     extra = pipe.adapter if kind == 'adapter' else pipe.controlnet
-    with apply_spectrum(pipe, DEFAULT), count_calls([extra]) as n: sample()
+    with apply_spectrum(pipe, PAPER), count_calls([extra]) as n: sample()
     print(f'\n{name} {kind}: the {kind} ran {n[0]} times in {N} steps, the blocks {len(PLAN.passes)}')
 
 
@@ -173,7 +184,7 @@ def test_residuals_of_a_controlnet_do_not_reach_a_forecast():
     def forward(self, *args, **kwargs): got.append({k for k in kwargs if 'residual' in k and kwargs[k] is not None}); return inner(self, *args, **kwargs)
     try:
         type(denoiser).forward = forward
-        with apply_spectrum(pipe, DEFAULT): sample()
+        with apply_spectrum(pipe, PAPER): sample()
     finally: type(denoiser).forward = inner; hook.remove()
     assert [bool(g) for g in got] == [i in PLAN.passes for i in range(N)] and len(heads) == N
 
@@ -219,18 +230,18 @@ def test_an_ip_adapter(name, order):
     more |= dict(prompt=held_captions(call_defaults(pipe, name), 1))       # diffusers does not repeat image embeddings for several prompts
     plainly = dict(prompt=more['prompt'])
     bare = sample(**plainly)
-    run = apply_spectrum(pipe, DEFAULT) if order == 'spectrum first' else None
+    run = apply_spectrum(pipe, PAPER) if order == 'spectrum first' else None
     pipe.load_ip_adapter(ip_adapter(denoiser), subfolder='', weight_name='', **(dict(image_encoder_pretrained_model_name_or_path=None) if name == 'tiny-flux' else dict(image_encoder_folder=None)))
     pipe.set_ip_adapter_scale(.7)
     if run:
         fast = sample(**more)
         assert by_plan(run.stats)
         run.remove()
-        with apply_spectrum(pipe, DEFAULT): assert torch.equal(sample(**more), fast)
+        with apply_spectrum(pipe, PAPER): assert torch.equal(sample(**more), fast)
     plain, _, _ = check(lambda: sample(**more), pipe, denoiser)
     assert relative(plain, bare) > .02
     pipe.unload_ip_adapter()
-    with apply_spectrum(pipe, DEFAULT) as run: sample(**plainly)
+    with apply_spectrum(pipe, PAPER) as run: sample(**plainly)
     assert by_plan(run.stats) and torch.equal(sample(**plainly), bare)
 
 
@@ -265,7 +276,7 @@ def test_lora_between_runs_of_one_handle(name):
             out['removed'] = sample()
         else: out['removed'] = out['unloaded']
         return out
-    plain, same, fast = series(), series(ONE), series(DEFAULT)
+    plain, same, fast = series(), series(ONE), series(PAPER)
     assert all(torch.equal(same[w], plain[w]) for w in plain)
     for a, b in [('bare', 'loaded'), ('loaded', 'scaled'), ('scaled', 'second'), ('second', 'both'), ('both', 'off')]: assert relative(plain[b], plain[a]) > .005, (a, b)
     near = {w: relative(fast[w], plain[w]) for w in plain if w != 'removed'}
@@ -279,7 +290,7 @@ def test_hot_swap_keeps_what_is_compiled():
     one, two = (lora(denoiser, 'transformer', seed) for seed in (1, 2))
     pipe.enable_lora_hotswap(target_rank=8)
     pipe.load_lora_weights(dict(one), adapter_name='one')
-    with compiling() as backend, apply_spectrum(pipe, DEFAULT) as run:
+    with compiling() as backend, apply_spectrum(pipe, PAPER) as run:
         denoiser.compile_repeated_blocks(backend=backend, fullgraph=True)
         first = sample()
         n = backend.compiled
@@ -330,7 +341,7 @@ def share_fetched(name, what, sample, target, denoiser):
     "Fetched bytes with Spectrum, as a share of those without; and what that share should be"
     tensors = lambda modules: {t for m in modules for t in (*m.parameters(), *m.buffers())}
     with fetched() as without: sample()
-    with apply_spectrum(target, DEFAULT), fetched() as with_: sample()
+    with apply_spectrum(target, PAPER), fetched() as with_: sample()
     print(f'\n{name} {what}: fetched without Spectrum {without[0]} × , {without[1]/2**20:.1f} MiB; with {with_[0]} × , {with_[1]/2**20:.1f} MiB ({with_[1]/max(without[1], 1):.0%}); passes {len(PLAN.passes)} of {N}')
     return with_[1]/without[1]
 
@@ -429,7 +440,7 @@ def test_group_offloading_with_streams(name, level, order):
         if order == 'spectrum first': check_order(sample, pipe, denoiser, lambda: apply(denoiser, level), plain)
         else:
             apply(denoiser, level)
-            with apply_spectrum(pipe, DEFAULT) as run, count_calls(blocks_of(denoiser)) as counts: fast, again = sample(), sample()
+            with apply_spectrum(pipe, PAPER) as run, count_calls(blocks_of(denoiser)) as counts: fast, again = sample(), sample()
             assert by_plan(run.stats) and counts == [2*len(PLAN.passes)]*len(counts)
             assert torch.equal(fast, again) and 0 < relative(fast, plain) < NEAR
             assert torch.equal(check(sample, pipe, denoiser)[0], plain)
@@ -442,7 +453,7 @@ def test_lora_on_an_offloaded_denoiser(what, order, monkeypatch):
     offload = lambda: denoiser.enable_group_offload(torch.device('cpu'), torch.device('cpu'), 'block_level', num_blocks_per_group=1) if what == 'group' else offload_pipeline(pipe, what)
     weights = lora(denoiser, 'transformer', 1)
     if order == 'offload first': offload()
-    with apply_spectrum(pipe, DEFAULT) as run:
+    with apply_spectrum(pipe, PAPER) as run:
         if order == 'spectrum first': offload()
         bare = sample()
         pipe.load_lora_weights(dict(weights))
@@ -489,7 +500,7 @@ def test_inference_mode_and_back(name):
     def inferring():
         with torch.inference_mode(): return sample()
     check(inferring, pipe, denoiser)
-    with apply_spectrum(pipe, DEFAULT) as run: assert torch.equal(inferring(), sample()) and by_plan(run.stats)
+    with apply_spectrum(pipe, PAPER) as run: assert torch.equal(inferring(), sample()) and by_plan(run.stats)
 
 
 @pytest.mark.parametrize('name, what', [(n, w) for n in ALL for w in ('tiling', 'slicing')])
@@ -518,7 +529,7 @@ def test_fused_projections_and_attention_backends_between_runs(name):
             assert by_plan(run.stats, make_plan(config, N)) and len(run.stats) % len(todo) == 0
             run.remove()
         return out
-    plain, same, fast = series(), series(ONE), series(DEFAULT)
+    plain, same, fast = series(), series(ONE), series(PAPER)
     print(f'\n{name}: from the bare run, without Spectrum', {w: round(relative(plain[w], plain['bare']), 6) for w in plain})
     differ = {w: relative(same[w], plain[w]) for w in plain if not torch.equal(same[w], plain[w])}
     assert not differ, differ
@@ -531,7 +542,7 @@ def test_channels_last(when):
     if when == 'before':
         denoiser.to(memory_format=torch.channels_last)
         return check(sample, pipe, denoiser)
-    with apply_spectrum(pipe, DEFAULT) as run:
+    with apply_spectrum(pipe, PAPER) as run:
         fast = sample()
         denoiser.to(memory_format=torch.channels_last)
         assert relative(sample(), fast) < 1e-4 and by_plan(run.stats)
@@ -571,13 +582,13 @@ def check_compiled(backend, sample, run, fast):
 def test_compiled_blocks(name, order):
     pipe, denoiser, sample = load(name)
     plain = sample()
-    with apply_spectrum(pipe, DEFAULT): fast = sample()
+    with apply_spectrum(pipe, PAPER): fast = sample()
     with compiling() as backend:
         def compile():
             if denoiser._repeated_blocks: return denoiser.compile_repeated_blocks(backend=backend)
             for b in blocks_of(denoiser): b.compile(backend=backend)             # SD3 names none: diffusers refuses
         if order == 'compile first': compile(); sample()
-        with apply_spectrum(pipe, DEFAULT) as run:
+        with apply_spectrum(pipe, PAPER) as run:
             if order == 'spectrum first': compile()
             check_compiled(backend, sample, run, fast)
         n = backend.compiled
@@ -590,13 +601,13 @@ def test_compiled_blocks(name, order):
 def test_a_compiled_denoiser(name, how, order):
     pipe, denoiser, sample = load(name)
     plain = sample()
-    with apply_spectrum(pipe, DEFAULT): fast = sample()
+    with apply_spectrum(pipe, PAPER): fast = sample()
     with compiling() as backend:
         def compile():
             if how == 'module.compile': denoiser.compile(backend=backend)
             else: setattr(pipe, 'unet' if name == 'tiny-sdxl' else 'transformer', torch.compile(denoiser, backend=backend))
         if order == 'compile first': compile(); sample()
-        with apply_spectrum(pipe, DEFAULT) as run:
+        with apply_spectrum(pipe, PAPER) as run:
             if order == 'spectrum first': compile()
             check_compiled(backend, sample, run, fast)
         assert relative(sample(), plain) < 1e-4
@@ -616,7 +627,7 @@ def test_a_compiled_denoiser_saves_the_blocks(name):
             return run
         denoiser.compile(backend=backend)
         with apply_spectrum(pipe, ONE): sample(); ops.clear(); sample(); every = sum(ops)
-        with apply_spectrum(pipe, DEFAULT): sample(); ops.clear(); sample(); few = sum(ops)
+        with apply_spectrum(pipe, PAPER): sample(); ops.clear(); sample(); few = sum(ops)
     print(f'\n{name}: operations run {every} → {few}')
     assert few < .85*every
 
@@ -649,7 +660,7 @@ def of_kind(kind, rank):
         from torch.nn.parallel import DistributedDataParallel as DDP
         ddp = DDP(denoiser)
         out = []
-        for config in (ONE, DEFAULT):
+        for config in (ONE, PAPER):
             with apply_spectrum(ddp if kind == 'ddp wrapper' else ddp.module, config, n_steps=N) as run:
                 pipe.transformer = ddp
                 out.append(own_loop(pipe, of_rank(rank)))
@@ -679,7 +690,7 @@ def of_kind(kind, rank):
         parallel()
         sample(**call)                                                             # without Spectrum it runs
     out = []
-    for config in (ONE, DEFAULT):
+    for config in (ONE, PAPER):
         with apply_spectrum(pipe, config) as run:
             if kind.endswith('after') and config is ONE: parallel()
             out.append(sample(**call))
@@ -733,14 +744,14 @@ def alone_of(kind, rank):
     if kind.startswith('ddp'):
         pipe, denoiser, _ = load('tiny-flux')
         out = []
-        for config in (ONE, DEFAULT):
+        for config in (ONE, PAPER):
             with apply_spectrum(denoiser, config, n_steps=N) as run: out.append(own_loop(pipe, of_rank(rank)))
             out.append([s.passes for s in run.stats])
         return out
     pipe, denoiser, sample = load('tiny-wan' if kind.endswith('wan') else 'tiny-flux')
     if 'lora' in kind: pipe.load_lora_weights(lora(denoiser, 'transformer', 1))
     out = []
-    for config in (ONE, DEFAULT):
+    for config in (ONE, PAPER):
         with apply_spectrum(pipe, config) as run: out.append(sample(**(of_rank(rank) if 'fsdp' in kind else {})))
         out.append([s.passes for s in run.stats])
     return out
@@ -752,7 +763,7 @@ def disagreeing(rank):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     pipe, denoiser, sample = load('tiny-flux')
-    with apply_spectrum(pipe, DEFAULT) as run: sample(**of_rank(rank))
+    with apply_spectrum(pipe, PAPER) as run: sample(**of_rank(rank))
     errors = [None]*2
     dist.all_gather_object(errors, run.stats[0].errors)
     at = next(i for i in errors[0] if errors[0][i] != errors[1][i])
@@ -810,7 +821,7 @@ def test_a_run_that_is_broken_off(name, how):
             if how == 'raise': raise KeyboardInterrupt
             pipe._interrupt = True
         return given
-    with apply_spectrum(pipe, DEFAULT) as run:
+    with apply_spectrum(pipe, PAPER) as run:
         fast = sample()
         n = len(run.stats)
         with pytest.raises(KeyboardInterrupt) if how == 'raise' else nullcontext(): sample(callback_on_step_end=stop)
@@ -833,19 +844,19 @@ def test_guidance_switched_off_in_a_run(name):
     plain = cut()
     before = traces(denoiser)
     with apply_spectrum(pipe, ONE): assert torch.equal(cut(), plain)
-    with apply_spectrum(pipe, DEFAULT) as run, count_calls(blocks_of(denoiser)) as counts:
+    with apply_spectrum(pipe, PAPER) as run, count_calls(blocks_of(denoiser)) as counts:
         fast = cut()
         if name == 'tiny-wan':            # two calls a step: the second is not made any more
             assert [s.context for s in run.stats] == ['cond'] and by_plan(run.stats)
             assert counts == [len(PLAN.passes) + sum(p < off for p in PLAN.passes)]*len(counts)
         else:                             # one batch: half of it is left, the rest is planned anew
-            rest = [off + p for p in make_plan(DEFAULT, N - off).passes]
+            rest = [off + p for p in make_plan(PAPER, N - off).passes]
             (s,) = run.stats
             assert list(s.fallbacks) == [off] and 'input changed its shape' in s.fallbacks[off]
             assert s.passes == [p for p in PLAN.passes if p < off] + rest and counts == [len(s.passes)]*len(counts)
         whole = sample()
         assert by_plan(run.stats[1:] if name != 'tiny-wan' else run.stats)
-    with apply_spectrum(pipe, DEFAULT): assert torch.equal(sample(), whole)
+    with apply_spectrum(pipe, PAPER): assert torch.equal(sample(), whole)
     assert torch.isfinite(fast).all() and 0 <= relative(fast, plain) < NEAR
     assert torch.equal(cut(), plain) and traces(denoiser) == before and relative(plain, sample()) > .01
 
@@ -856,7 +867,7 @@ def test_several_images_and_prompts(name):
     several = 'num_videos_per_prompt' if 'num_frames' in call_defaults(pipe, name) else 'num_images_per_prompt'
     plain, fast, _ = check(lambda: sample(**{several: 2}), pipe, denoiser)
     assert len(plain) == 4
-    with apply_spectrum(pipe, DEFAULT) as run:             # the number changes from run to run
+    with apply_spectrum(pipe, PAPER) as run:             # the number changes from run to run
         one = [sample(prompt=held_captions(call_defaults(pipe, name), 1)), sample(), sample(**{several: 2})]
         assert by_plan(run.stats) and list(map(len, one)) == [1, 2, 4] and torch.equal(one[2], fast)
 
@@ -872,13 +883,13 @@ def test_prompt_embeddings(name):
     if name == 'tiny-hunyuan': e = dict(zip(('prompt_embeds', 'pooled_prompt_embeds', 'prompt_attention_mask'), pipe.encode_prompt(captions, **length)))
     if name == 'tiny-wan': e = dict(zip(('prompt_embeds', 'negative_prompt_embeds'), pipe.encode_prompt(captions, '', **length)))
     plain, fast, _ = check(lambda: sample(prompt=None, **e), pipe, denoiser)
-    with apply_spectrum(pipe, DEFAULT): assert relative(sample(), fast) < 1e-4
+    with apply_spectrum(pipe, PAPER): assert relative(sample(), fast) < 1e-4
 
 
 @pytest.mark.parametrize('name', ALL)
 def test_output_types_and_dicts(name):
     pipe, denoiser, sample = load(name)
-    with apply_spectrum(pipe, DEFAULT) as run:
+    with apply_spectrum(pipe, PAPER) as run:
         latents = sample()
         pictures = sample(output_type='np')
         assert torch.equal(next(iter(pipe(**{**call_of(pipe, name), 'return_dict': True}).values())), latents)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NEWTON', 'FORECASTERS', 'PLACES', 'MAX_L1', 'SHRINKAGE', 'Trial', 'gram_weights', 'choose_shrinkage', 'rule_of',
-           'RunError', 'Calibration', 'set_up', 'sample_once', 'record_one', 'kept', 'check_kept', 'record',
-           'relative_distance', 'try_plans', 'shipped_calibration']
+           'RunError', 'Calibration', 'set_up', 'sample_once', 'record_one', 'kept', 'said_of', 'check_kept', 'kept_in',
+           'forget_kept', 'record', 'relative_distance', 'try_plans', 'shipped_calibration']
 
-# %% ../nbs/28_calibrate.ipynb #f055619e
-import json, math, warnings
+# %% ../nbs/28_calibrate.ipynb #5a3c3ee1
+import hashlib, json, math, warnings
 from collections import namedtuple
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -27,7 +27,7 @@ from .clock import levels_of
 from .forecast import forecast_weights, newton_weights
 from .hook import apply_spectrum, find_denoisers, relative_error
 from .places import search_passes
-from .plan import Plan, SpectrumConfig, check_number, config_for_passes, plan_from
+from .plan import Plan, SpectrumConfig, check_number, config_for_passes, passes_for, plan_from
 from .presets import find_preset, read_json
 from .recording import Sketch, gains_between, listening, measure_gains, response_of
 from .schedule import spaced_passes
@@ -107,7 +107,7 @@ class RunError:
         c = np.sum([c for c, _ in gaps], 0)
         return max(float(c @ self.gram @ c), 0.) + max(float(sum(alone for _, alone in gaps)), 0.)
 
-# %% ../nbs/28_calibrate.ipynb #95cb4719
+# %% ../nbs/28_calibrate.ipynb #eb03030c
 Trial = namedtuple('Trial', 'n_passes forecaster places passes predicted measured')
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +143,8 @@ class Calibration:
     @cached_property
     def bias(self):
         "Measured over foretold error, geometric mean over the trials; 1 without any"
-        return float(gmean([t.measured/t.predicted for t in self.trials])) if self.trials else 1.
+        ratios = [t.measured/t.predicted for t in self.trials if t.predicted > 0]       # of all steps nothing is foretold
+        return float(gmean(ratios)) if ratios else 1.
 
     @cached_property
     def _errors(self): return {}       # a RunError for each rule and judge: searches for other budgets look at the same gaps
@@ -191,12 +192,13 @@ class Calibration:
                 plan = self.plan(k, forecaster=forecaster, places=places, feature=feature, must=must) if k >= len({0, *must}) else None
                 if plan and self.predicted_error(plan) <= max_error: return plan
         if speedup is not None:
-            n_passes = max(int(self.n_steps/check_number('speedup', speedup, 1, Real) + 1e-9), 1)
+            n_passes = passes_for(speedup, self.n_steps)
         check_number('n_passes', n_passes, 1, Integral, self.n_steps)
         nearest = min((t.n_passes for t in self.trials), key=lambda k: abs(k - n_passes), default=None)
-        tried = [t for t in self.trials if t.n_passes == nearest and forecaster in ('best', t.forecaster)]
+        tried = [t for t in self.trials if t.n_passes == nearest and forecaster in ('best', t.forecaster) and places in (None, t.places)]
         best = min(tried, key=lambda t: t.measured, default=Trial(0, 'spectrum' if forecaster == 'best' else forecaster, 'cautious', (), 0, 0))
         known = best.n_passes == n_passes and feature == 'hidden' and places in (None, best.places) and set(must) <= set(best.passes)
+        if best.places == 'sigma' and not places and not known and not {*must} <= {0}: best = best._replace(places='cautious')        # that schedule takes no wishes
         passes = list(best.passes) if known else self._passes(n_passes, best.forecaster, places or best.places, feature, must)
         plan = plan_from(passes, self.n_steps, self.rule(best.forecaster, feature), f'calibrated, {best.forecaster if isinstance(best.forecaster, str) else "own weights"}')
         if (largest := np.abs(plan.weights).sum(1).max()) > MAX_L1: warnings.warn(f'weights of one forecast sum to {largest:.0f} in absolute value (more than {MAX_L1:.0f}): errors are blown up that much; use more passes, or forecaster="linear"', stacklevel=2)
@@ -223,7 +225,7 @@ class Calibration:
         "Write the means over prompts, and what is needed to know what they are of; whole or not at all"
         from spectrum_nb.bench import save_json
         triangle = lambda g: [float(f'{x:.12g}') for x in g.mean(0)[np.tril_indices(self.n_steps)]]
-        return save_json(dict(kind='spectrum_nb calibration', version=1, about=self.about, shrinkage=self.shrinkage, response=self.response.tolist(), gains=self.gains.tolist(), output=triangle(self.output),
+        return save_json(dict(kind='spectrum_nb calibration', version=2, about=self.about, shrinkage=self.shrinkage, response=self.response.tolist(), gains=self.gains.tolist(), output=triangle(self.output),
                               hidden={c: triangle(g) for c, g in self.hidden.items()}, trials=[t._asdict() for t in self.trials if isinstance(t.forecaster, str)]), path)
 
     @classmethod
@@ -232,7 +234,7 @@ class Calibration:
     ):         # Calibration
         "Read a calibration; a `ValueError` for a file that is none, or damaged"
         said = read_json(path, kind=str, version=int, about=dict, shrinkage=float, response=list, gains=list, output=list, hidden=dict, trials=list)
-        if (said['kind'], said['version']) != ('spectrum_nb calibration', 1): raise ValueError(f'{path} is no calibration of this version')
+        if (said['kind'], said['version']) != ('spectrum_nb calibration', 2): raise ValueError(f'{path} is no calibration of this version (2); calibrate anew')
         try:
             response = np.array(said['response'], dtype=float); n = len(response)
             def square(values):
@@ -241,7 +243,7 @@ class Calibration:
             made = cls({c: square(g) for c, g in said['hidden'].items()}, square(said['output']), response, np.array(said['gains'], dtype=float), said['about'], tuple(Trial(**t | dict(passes=tuple(t['passes']))) for t in said['trials']), said['shrinkage'])
             if not (n and made.hidden and made.gains.shape == (n,) and (made.gains > 0).all() and all(np.isfinite(x).all() for x in (response, made.gains, made.output, *made.hidden.values()))): raise ValueError('numbers are missing or not finite')
             if not (isinstance(made.about.get('call'), dict) and isinstance(made.about.get('scheduler_config'), dict)): raise ValueError('it does not say of what it is')
-            if not all(t.forecaster in FORECASTERS and t.places in PLACES for t in made.trials): raise ValueError('a trial of something unknown')
+            if not all(t.forecaster in FORECASTERS and t.places in PLACES and math.isfinite(t.predicted) and math.isfinite(t.measured) for t in made.trials): raise ValueError('a trial of something unknown')
             [Plan(t.passes, np.eye(n)[[max(p for p in t.passes if p <= i) for i in range(n)]]) for t in made.trials]
         except (ValueError, TypeError, KeyError) as e: raise ValueError(f'{path} is a damaged calibration ({e}); restore it or calibrate anew') from None
         return made
@@ -270,7 +272,7 @@ def set_up(
     return dict(pipeline=type(pipe).__name__, denoiser=type(denoiser).__name__, parameters=sum(p.numel() for p in denoiser.parameters()), scheduler=type(pipe.scheduler).__name__,
                 scheduler_config=plain(pipe.scheduler.config), n_steps=n_steps, call=plain(call))
 
-# %% ../nbs/28_calibrate.ipynb #d6f12f26
+# %% ../nbs/28_calibrate.ipynb #57a5926d
 def sample_once(pipe, prompt, seed, n_steps, call):
     "One latent sample of one prompt and seed"
     return pipe(prompt, num_inference_steps=n_steps, generator=torch.Generator().manual_seed(int(seed)), output_type='latent', **call)[0]
@@ -303,13 +305,32 @@ def kept(path, make):
         with whole_file(path) as part: save_file({k: v.contiguous() for k, v in made.items()}, part)
     return made
 
+def said_of(x):
+    "Anything as something that JSON holds, the same for the same"
+    if isinstance(x, torch.Tensor | np.ndarray): return [list(x.shape), hashlib.sha256(torch.as_tensor(x).detach().float().cpu().numpy().tobytes()).hexdigest()]
+    if isinstance(x, dict): return {str(k): said_of(v) for k, v in x.items()}
+    if isinstance(x, list | tuple): return [said_of(v) for v in x]
+    return x if isinstance(x, str | int | float | bool | None) else repr(x)
+
 def check_kept(folder, about):
-    "A `ValueError` if a folder keeps the recordings of another calibration"
+    "A `ValueError` if a folder keeps the recordings of another calibration, or does not say of which"
     from spectrum_nb.bench import save_json
-    path, about = Path(folder)/'about.json', json.loads(json.dumps(about))
-    if path.is_file() and (other := [k for k, v in about.items() if read_json(path).get(k) != v]):
+    path, about, kept = Path(folder)/'about.json', json.loads(json.dumps(said_of(about))), kept_in(folder)
+    there = read_json(path) if path.is_file() else {}
+    if len(kept) > path.is_file() and (other := [k for k, v in about.items() if there.get(k) != v]):
         raise ValueError(f'{folder} keeps an interrupted calibration of something else ({", ".join(other)}); remove that folder, or say another place')
     save_json(about, path)
+
+def kept_in(folder):
+    "The files that `record` and `try_plans` keep"
+    return [p for pattern in ('about.json', 'prompt_*.safetensors', 'trial_*.safetensors') for p in Path(folder).glob(pattern)]
+
+def forget_kept(
+    folder,  # that was given to `record` and `try_plans` as `keep`
+):
+    "Remove what they kept there, and the folder if nothing else is in it"
+    for path in kept_in(folder): path.unlink()
+    if Path(folder).is_dir() and not any(Path(folder).iterdir()): Path(folder).rmdir()
 
 def record(
     pipe,             # pipeline with one denoiser
@@ -326,13 +347,14 @@ def record(
     `ValueError` for a pipeline with two denoisers, a sampler that adds noise or clips or calls the denoiser twice a step, or a folder that keeps another calibration. The pipeline comes back as it was."""
     from spectrum_nb.bench import provenance
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    seeds = list(range(len(prompts))) if seeds is None else list(seeds)
+    seeds = list(range(len(prompts))) if seeds is None else [int(s) for s in seeds]
     check_number('n_steps', n_steps, 2, Integral)
     for k in probes: check_number('probes', k, 1, Integral)
     if not prompts or len(seeds) != len(prompts): raise ValueError(f'{len(prompts)} prompts and {len(seeds)} seeds: give at least one prompt, and a seed for each')
     if len(find_denoisers(pipe)) != 1: raise ValueError(f'{type(pipe).__name__} has {len(find_denoisers(pipe))} denoisers, each with steps of its own; only a pipeline with one can be calibrated')
-    sketch, about = Sketch(sketch), set_up(pipe, n_steps, call) | dict(prompts=len(prompts), seeds=seeds)
-    if keep: check_kept(keep, about | dict(texts=prompts, probes=list(probes)))
+    (denoiser,), about = find_denoisers(pipe).values(), set_up(pipe, n_steps, call) | dict(prompts=len(prompts), seeds=seeds)
+    if keep: check_kept(keep, about | dict(texts=prompts, probes=probes, sketch=sketch, arguments=call, dtype=str(pipe.dtype), weights=torch.cat([p.detach().flatten()[::max(p.numel()//64, 1)].float().cpu() for p in denoiser.parameters() if p.device.type != 'meta'])))
+    sketch = Sketch(sketch)
     parts = [kept(keep and Path(keep)/f'prompt_{k}.safetensors', partial(record_one, pipe, prompt, seed, n_steps, call, sketch, probes[0]*(k < probes[1]))) for k, (prompt, seed) in enumerate(zip(tqdm(prompts, desc='full runs'), seeds))]
     column = lambda name: np.array([p[name].numpy() for p in parts if name in p])
     hidden = {name[7:]: column(name) for name in parts[0] if name.startswith('hidden/')}
@@ -340,7 +362,7 @@ def record(
     sigmas = parts[0]['sigmas'].tolist() or None
     return Calibration(hidden, column('output'), column('response')[0], gains_between(column('probed')[0], gmean(column('gains')), n_steps), about | dict(sigmas=sigmas) | provenance(pipe.device), shrinkage=choose_shrinkage(hidden), runs=runs)
 
-# %% ../nbs/28_calibrate.ipynb #cc7af1c5
+# %% ../nbs/28_calibrate.ipynb #fb803c23
 def relative_distance(a, b):
     "‖a − b‖ / ‖b‖ of two tensors"
     return relative_error([a.cpu().double()], [b.cpu().double()]).item()
@@ -361,7 +383,8 @@ def try_plans(
     def distances(plan):
         with apply_spectrum(pipe, plan, measure=False):
             off = [relative_distance(sample_once(pipe, prompt, seed, calibration.n_steps, call), last) for prompt, seed, last in calibration.runs[:n_prompts]]
-        return dict(passes=torch.tensor(plan.passes), off=torch.tensor(off, dtype=torch.float64))
+        return identity(plan) | dict(off=torch.tensor(off, dtype=torch.float64))
+    def identity(plan): return dict(weights=torch.tensor(plan.weights), samples=torch.stack([last.double().norm() for *_, last in calibration.runs[:n_prompts]]))
     for k, forecaster, places in tqdm([*product(budgets, forecasters, PLACES)], desc='trials'):
         with warnings.catch_warnings():                       # large weights, if any, are about to be tried
             warnings.simplefilter('ignore')
@@ -369,8 +392,8 @@ def try_plans(
         if any(t.passes == tuple(plan.passes) and t.forecaster == forecaster for t in trials): continue
         path = keep and isinstance(forecaster, str) and Path(keep)/f'trial_{k}_{forecaster}_{places}_{n_prompts}.safetensors'
         tried = kept(path, partial(distances, plan))
-        if tried['passes'].tolist() != plan.passes: raise ValueError(f'{path} is of another calibration; remove {keep}')
-        trials.append(Trial(k, forecaster, places, tuple(plan.passes), calibration.predicted_error(plan, corrected=False), float(gmean(tried['off'].clamp(min=1e-9).numpy()))))
+        if not all(torch.equal(tried[k], v) for k, v in identity(plan).items()): raise ValueError(f'{path} is of another calibration; remove it')
+        if tried['off'].isfinite().all(): trials.append(Trial(k, forecaster, places, tuple(plan.passes), calibration.predicted_error(plan, corrected=False), float(gmean(tried['off'].clamp(min=1e-9).numpy()))))
     return replace(calibration, trials=(*calibration.trials, *trials))
 
 def shipped_calibration(

@@ -6,15 +6,16 @@
 __all__ = ['NOISY', 'Moment', 'CallClock', 'step_of', 'place_of', 'begin_of', 'unwrapped', 'calling_pipeline', 'noise_of',
            'levels_of', 'PipelineClock']
 
-# %% ../nbs/08_clock.ipynb #5f5d939f
+# %% ../nbs/08_clock.ipynb #3ac9a543
 import sys
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-# %% ../nbs/08_clock.ipynb #45d8d3f5
+# %% ../nbs/08_clock.ipynb #6e331582
 @dataclass(frozen=True)
 class Moment:
     "When a call of a denoiser happens"
@@ -25,7 +26,8 @@ class Moment:
     kind:str=''     # `'2nd'` for the second call of a step of a second-order sampler
     first:int=0     # step of the run at which the denoiser's share begins
     noisy:str=''    # name of the sampler, if it adds noise at every step
-    sigmas:tuple=None # noise levels before the steps and after the last, where the sampler tells
+    sigmas:tuple=None # noise levels before the steps and after the last, as shares of noise, where the sampler tells
+    whole:int=None    # steps of the whole run, of which n_steps may be the denoiser's share
 
 # %% ../nbs/08_clock.ipynb #c4c39616
 class CallClock:
@@ -35,7 +37,7 @@ class CallClock:
     def reset(self): self.run = object()
     def now(self, timestep=None): return Moment(self.run, self.n_steps)
 
-# %% ../nbs/08_clock.ipynb #10c4156f
+# %% ../nbs/08_clock.ipynb #7a832e97
 def step_of(
     scheduler,      # diffusers scheduler
     begin:int=0,    # the first of its timesteps that is used
@@ -85,14 +87,17 @@ def noise_of(
 
 def levels_of(
     scheduler,  # diffusers scheduler with its timesteps set
-):              # tuple with one more than those; or None, where it does not tell
-    "Noise levels before each of a scheduler's timesteps and after the last: its `sigmas`, or those that its `alphas_cumprod` mean"
+):              # tuple with one more than those, from 0 to 1; or None, where it does not tell
+    "The share of noise before each of a scheduler's timesteps and after the last: its `sigmas`, or what its `alphas_cumprod` mean. Levels that go beyond 1 are ratios of noise to signal (EDM's), of which the share is σ/(1 + σ)"
     levels, times = getattr(scheduler, 'sigmas', None), scheduler.timesteps
-    if levels is not None and 0 < len(levels) - len(times) < 4: return tuple(float(s) for s in levels[:len(times) + 1])     # some repeat the last
+    if levels is not None and 0 < len(levels) - len(times) < 4:                               # some repeat the last
+        levels = np.array(torch.as_tensor(levels).tolist())[:len(times) + 1]
+        return tuple((levels/(1 + levels) if levels.max() > 1 + 1e-6 else levels).tolist())
     kept = getattr(scheduler, 'alphas_cumprod', None)
     if levels is not None or kept is None or times.is_floating_point(): return None
-    kept = kept[times.cpu()]
-    return *((1 - kept)/kept).sqrt().tolist(), 0.
+    kept = kept[times.cpu()].double(); noise = (1 - kept).sqrt()
+    shares = (noise/(noise + kept.sqrt())).tolist()
+    return *shares, 0. if shares[0] >= shares[-1] else shares[-1]                             # a sampler may run towards noise
 
 class PipelineClock:
     "Run, length and step of one denoiser, as the calling pipeline and its scheduler tell them"
@@ -100,7 +105,7 @@ class PipelineClock:
         pipe,      # diffusers pipeline
         denoiser,  # its denoiser
         name='',   # attribute that holds the denoiser, where it is one of several
-    ): self.pipe, self.denoiser, self.name, self.label, self._run = pipe, denoiser, name, f'{name}/' if name else '', (None, None, 0, '', None)
+    ): self.pipe, self.denoiser, self.name, self.label, self._run = pipe, denoiser, name, f'{name}/' if name else '', (None, None, 0, '', None, None)
 
     def share(self, pipe, times):
         "The steps at which this denoiser is called: all, or those on its side of the pipeline's boundary"
@@ -119,10 +124,10 @@ class PipelineClock:
             left = left[:getattr(pipe, 'num_timesteps', None) or len(left)]               # or where a pipeline stops early (SDXL's denoising_end)
             share, levels = self.share(pipe, left), levels_of(scheduler)
             start, stop = begin + share.start, begin + share.stop
-            self._run = times, share, begin, noise_of(scheduler), levels and (*levels[start:stop:order], levels[stop])
-        _, share, begin, noisy, sigmas = self._run
+            self._run = times, share, begin, noise_of(scheduler), levels and (*levels[start:stop:order], levels[stop]), -(-len(left)//order)
+        _, share, begin, noisy, sigmas, whole = self._run
         call = step_of(scheduler, begin, timestep)
         n_steps = -(-len(share)//order)
-        if call is None: return Moment(times, n_steps, first=share.start, noisy=noisy, sigmas=sigmas)
+        if call is None: return Moment(times, n_steps, first=share.start, noisy=noisy, sigmas=sigmas, whole=whole)
         call -= share.start
-        return Moment(times, n_steps, call//order, len(share)//order if call % order else n_steps, '2nd' if call % order else '', share.start//order, noisy, sigmas)
+        return Moment(times, n_steps, call//order, len(share)//order if call % order else n_steps, '2nd' if call % order else '', share.start//order, noisy, sigmas, whole)

@@ -27,7 +27,7 @@ from .clock import CallClock, PipelineClock, unwrapped
 from .history import History
 from .plan import Plan, SpectrumConfig, check_number, make_plan
 
-# %% ../nbs/09_hook.ipynb #bfcea737
+# %% ../nbs/09_hook.ipynb #cd4f4068
 @dataclass(frozen=True)
 class RunStats:
     "What one finished run did in one context"
@@ -110,6 +110,7 @@ class Run:
         key,              # what the clock calls the run
         first=0,          # step of the pipeline's run at which this one begins
         sigmas=None,      # noise levels of its steps, where the sampler tells
+        whole=None,       # steps of the pipeline's run, of which this one may be a denoiser's share
         tolerance=None,   # measured error above which the step after a pass becomes a pass
         device='same',    # of the history
         measure=True,     # whether passes are compared with their forecasts
@@ -118,7 +119,7 @@ class Run:
     ):
         self.context, self.key, self.first, self.n_steps, self.step, self.done = context, key, first, plan.n_steps, 0, False
         self.tolerance, self.device, self.measure, self.thread = tolerance, device, measure, get_ident()
-        self.meshes, self.watch, self.sigmas = meshes, watch, sigmas
+        self.meshes, self.watch, self.sigmas, self.whole = meshes, watch, sigmas, whole
         self.passes, self.fallbacks, self.errors, self.forced, self.nbytes, self.signature, self.kinds = [], {}, {}, set(), 0, None, None
         self.begin(plan, 0)
 
@@ -339,7 +340,7 @@ def is_feature(x):
 
 TWO_THREADS = 'this {} is in the middle of a run in another thread: histories would mix; give each thread a pipeline and a denoiser of its own'
 
-# %% ../nbs/09_hook.ipynb #d34cc7d1
+# %% ../nbs/09_hook.ipynb #5f12e085
 DENOISERS = ('transformer', 'transformer_2', 'unconditional_transformer', 'unet')    # the names under which pipelines hold them
 
 @contextmanager
@@ -362,13 +363,13 @@ class SpectrumHandle:
     @property
     def hooks(self): return [hook for _, _, hook, _ in self._hooked]
 
-    def plan_for(self, n_steps, rest=False, sigmas=None):
-        "The plan of a run of `n_steps`, or of the `rest` of one whose history was lost"
-        key = n_steps, rest, sigmas if getattr(self.config, 'schedule', '') in ('auto', 'sigma') else None
+    def plan_for(self, n_steps, rest=False, sigmas=None, whole=None):
+        "The plan of a run of `n_steps`, or of the `rest` of one whose history was lost, where the `whole` has more"
+        key = n_steps, rest, sigmas if getattr(self.config, 'schedule', '') in ('auto', 'sigma') else None, whole if getattr(self.config, 'n_passes', None) else None
         if key not in self._plans: self._plans[key] = self._new_plan(*key)
         return self._plans[key]
 
-    def _new_plan(self, n_steps, rest, sigmas):
+    def _new_plan(self, n_steps, rest, sigmas, whole):
         if isinstance(self.config, Plan):
             if rest: return make_plan(SpectrumConfig(speedup=1), n_steps)
             if self.config.n_steps != n_steps:
@@ -376,22 +377,22 @@ class SpectrumHandle:
             return self.config
         if n_steps <= self.config.warmup + self.config.last and not rest:      # said once for each length: plans are kept
             warnings.warn(f'a run of {n_steps} steps is no longer than the passes at its start ({self.config.warmup}) and end ({self.config.last}): every step is a full pass, nothing is saved', stacklevel=2)
-        return make_plan(self.config, n_steps, sigmas)
+        return make_plan(self.config.part(n_steps/whole) if whole else self.config, n_steps, sigmas)
 
     def new_run(self, moment, context, module):
         "The `Run` that begins at a moment"
-        plan = self.plan_for(moment.n_steps, sigmas=moment.sigmas)
+        plan = self.plan_for(moment.n_steps, sigmas=moment.sigmas, whole=moment.whole)
         if moment.noisy and isinstance(self.config, SpectrumConfig) and len(plan.passes) < plan.n_steps:
             raise ValueError(f'{moment.noisy} adds noise at every step: features then jump, and their forecasts are worthless (measured on the page "samplers"). Use a deterministic scheduler, or fewer steps of this one; a Plan of your own is followed as it is')
         if moment.n_calls not in (None, plan.n_steps): plan = plan.first(moment.n_calls)
-        run = Run(plan, context, moment.run, moment.first, moment.sigmas, getattr(self.config, 'tolerance', None), self.history_device, self.measure, meshes_of(module), self.watch)
+        run = Run(plan, context, moment.run, moment.first, moment.sigmas, moment.whole or moment.n_steps, getattr(self.config, 'tolerance', None), self.history_device, self.measure, meshes_of(module), self.watch)
         if moment.step: self.begin_rest(run, moment.step)      # a context that begins late: a guidance of its own
         return run
 
     def begin_rest(self, run, start):
         "Plan what is left of a run from step `start` on as a run of its own"
         sigmas = None if run.sigmas is None else run.sigmas[start:run.n_steps + 1]
-        if start < run.n_steps: run.begin(self.plan_for(run.n_steps - start, True, sigmas), start)
+        if start < run.n_steps: run.begin(self.plan_for(run.n_steps - start, True, sigmas, run.whole), start)
 
     def _add(self, denoiser, anatomy, clock):
         if self.feature == 'output': anatomy = None
