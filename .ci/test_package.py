@@ -62,7 +62,7 @@ def test_a_folder_samples_like_the_preset_it_was_copied_from(tmp_path):
     (['sample', '--prompt', 'x', '--lam', '0', '--warmup', '3'], 'lam=0'),
     (['sample', '--prompt', 'x', '--blend', '1.5'], 'blend must be'),
     (['draw'], "no command 'draw'"),
-    (['bench', '--what', 'nothing'], 'choose forecast, loop, quality, calibrated'),
+    (['bench', '--what', 'nothing'], 'choose forecast, loop, cost, real_size, quality, calibrated'),
 ])
 def test_bad_input_is_answered_in_words_and_writes_nothing(args, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
