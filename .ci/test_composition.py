@@ -918,12 +918,16 @@ def test_passes_where_the_samplers_steps_are_large(name):
     assert all(s.n_passes == 6 and not s.fallbacks for s in run.stats) and counts == [6*len(run.stats)]*len(counts)
 
 
-def test_a_sampler_without_noise_levels_is_refused_for_that_schedule():
+def test_a_sampler_without_noise_levels_is_refused_for_that_schedule_and_spaced_evenly_by_default():
     pipe, _, sample = load('tiny-sdxl')
-    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
-    with apply_spectrum(pipe, config_for_passes(6, N, 'sigma')), pytest.raises(ValueError, match='noise levels'): sample()
-    with apply_spectrum(pipe, config_for_passes(6, N, 'uniform')) as run: sample()
-    assert [s.n_passes for s in run.stats] == [6]
+    own, config = pipe.scheduler.config, config_for_passes(6, N, 'sigma')
+    pipe.scheduler = diffusers.IPNDMScheduler.from_config(own)
+    with apply_spectrum(pipe, config), pytest.raises(ValueError, match='noise levels'): sample()
+    with apply_spectrum(pipe, config_for_passes(6, N)) as run: sample()
+    assert [s.passes for s in run.stats] == [make_plan(config_for_passes(6, N, 'uniform'), N).passes]
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(own)           # tells them by its alphas
+    with apply_spectrum(pipe, config) as run: sample()
+    assert [s.passes for s in run.stats] == [make_plan(config, N, levels_of(pipe.scheduler)).passes]
 
 
 @pytest.mark.parametrize('name', ALL)
