@@ -6,7 +6,7 @@
 __all__ = ['BASES', 'EMBEDDERS', 'FACTORS', 'with_passes', 'axis_times', 'axis_plan', 'rounded_plan', 'forecasting_residual',
            'Variant', 'variants', 'other_scheduler', 'ablations_bench']
 
-# %% ../nbs/33_ablations.ipynb #72be5ca2
+# %% ../nbs/33_ablations.ipynb #8cbfdd11
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
@@ -21,7 +21,7 @@ from .clock import levels_of
 from .forecast import newton_weights, ridge_weights
 from .hook import apply_spectrum, find_denoisers, passes_of
 from .metrics import fidelity, quality
-from .plan import SpectrumConfig, make_plan, plan_from
+from .plan import SpectrumConfig, make_plan, noise_shares, plan_from
 from .presets import call_defaults, held_captions, load_pipeline
 from .rivals import second_order
 
@@ -39,17 +39,16 @@ def with_passes(
     grown = [replace(config, alpha=a, **changes) for a in np.round(np.arange(0, 30, .05), 2).tolist()]
     return min(grown, key=lambda c: (abs(len(c.passes(n_steps)) - n_passes), abs(c.alpha - config.alpha)))
 
-# %% ../nbs/33_ablations.ipynb #7ed1bd0a
+# %% ../nbs/33_ablations.ipynb #383be83b
 def axis_times(
     sigmas,   # [n + 1] noise levels of the sampler
     axis:str, # 'step', 'sigma' or 'log-snr'
 ):            # [n] ascending from −1 to 1 (of steps: to 1 − 2/n)
     "The times of the steps on one of three axes"
-    levels = np.asarray(sigmas, dtype=float)
-    n = len(levels) - 1
+    n = len(sigmas) - 1
     if axis == 'step': return rescaled_time(np.arange(n), n)
     if axis not in ('sigma', 'log-snr'): raise ValueError(f"no axis {axis!r}; choose 'step', 'sigma' or 'log-snr'")
-    share = (levels/(1 + levels) if levels.max() > 1 + 1e-6 else levels)[:n]
+    share = noise_shares(sigmas)[:n]
     if axis == 'log-snr': share = np.append(min(share[0], (1 + share[1])/2), share[1:]); t = 2*np.log((1 - share)/share)
     else: t = -share
     return 2*(t - t[0])/(t[-1] - t[0]) - 1

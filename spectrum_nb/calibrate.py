@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEWTON', 'FORECASTERS', 'PLACES', 'MAX_L1', 'SHRINKAGE', 'Trial', 'gram_weights', 'choose_shrinkage', 'rule_of',
-           'RunError', 'Calibration', 'set_up', 'sample_once', 'record_one', 'kept', 'said_of', 'check_kept', 'kept_in',
-           'forget_kept', 'record', 'relative_distance', 'try_plans', 'shipped_calibration']
+           'RunError', 'Calibration', 'set_up', 'sample_once', 'record_one', 'kept', 'digest', 'check_kept', 'kept_in',
+           'forget_kept', 'record', 'relative_distance', 'try_plans', 'calibration_file', 'shipped_calibration']
 
 # %% ../nbs/28_calibrate.ipynb #5a3c3ee1
 import hashlib, json, math, warnings
@@ -272,7 +272,7 @@ def set_up(
     return dict(pipeline=type(pipe).__name__, denoiser=type(denoiser).__name__, parameters=sum(p.numel() for p in denoiser.parameters()), scheduler=type(pipe.scheduler).__name__,
                 scheduler_config=plain(pipe.scheduler.config), n_steps=n_steps, call=plain(call))
 
-# %% ../nbs/28_calibrate.ipynb #57a5926d
+# %% ../nbs/28_calibrate.ipynb #f3a3ff30
 def sample_once(pipe, prompt, seed, n_steps, call):
     "One latent sample of one prompt and seed"
     return pipe(prompt, num_inference_steps=n_steps, generator=torch.Generator().manual_seed(int(seed)), output_type='latent', **call)[0]
@@ -305,19 +305,19 @@ def kept(path, make):
         with whole_file(path) as part: save_file({k: v.contiguous() for k, v in made.items()}, part)
     return made
 
-def said_of(x):
+def digest(x):
     "Anything as something that JSON holds, the same for the same"
     if isinstance(x, torch.Tensor | np.ndarray): return [list(x.shape), hashlib.sha256(torch.as_tensor(x).detach().float().cpu().numpy().tobytes()).hexdigest()]
-    if isinstance(x, dict): return {str(k): said_of(v) for k, v in x.items()}
-    if isinstance(x, list | tuple): return [said_of(v) for v in x]
+    if isinstance(x, dict): return {str(k): digest(v) for k, v in x.items()}
+    if isinstance(x, list | tuple): return [digest(v) for v in x]
     return x if isinstance(x, str | int | float | bool | None) else repr(x)
 
 def check_kept(folder, about):
     "A `ValueError` if a folder keeps the recordings of another calibration, or does not say of which"
     from spectrum_nb.bench import save_json
-    path, about, kept = Path(folder)/'about.json', json.loads(json.dumps(said_of(about))), kept_in(folder)
+    path, about, files = Path(folder)/'about.json', json.loads(json.dumps(digest(about))), kept_in(folder)
     there = read_json(path) if path.is_file() else {}
-    if len(kept) > path.is_file() and (other := [k for k, v in about.items() if there.get(k) != v]):
+    if len(files) > path.is_file() and (other := [k for k, v in about.items() if there.get(k) != v]):
         raise ValueError(f'{folder} keeps an interrupted calibration of something else ({", ".join(other)}); remove that folder, or say another place')
     save_json(about, path)
 
@@ -362,7 +362,7 @@ def record(
     sigmas = parts[0]['sigmas'].tolist() or None
     return Calibration(hidden, column('output'), column('response')[0], gains_between(column('probed')[0], gmean(column('gains')), n_steps), about | dict(sigmas=sigmas) | provenance(pipe.device), shrinkage=choose_shrinkage(hidden), runs=runs)
 
-# %% ../nbs/28_calibrate.ipynb #fb803c23
+# %% ../nbs/28_calibrate.ipynb #c6dffb57
 def relative_distance(a, b):
     "‖a − b‖ / ‖b‖ of two tensors"
     return relative_error([a.cpu().double()], [b.cpu().double()]).item()
@@ -396,12 +396,19 @@ def try_plans(
         if tried['off'].isfinite().all(): trials.append(Trial(k, forecaster, places, tuple(plan.passes), calibration.predicted_error(plan, corrected=False), float(gmean(tried['off'].clamp(min=1e-9).numpy()))))
     return replace(calibration, trials=(*calibration.trials, *trials))
 
+def calibration_file(
+    model,           # a preset of a tiny model, or the folder of a pipeline
+    n_steps:int=50,  # steps
+):                   # Path
+    "Where the calibration that ships with a model lies, if there is one"
+    return Path(preset.source if (preset := find_preset(model)) else model)/f'calibration_{n_steps}.json'
+
 def shipped_calibration(
     model,           # a preset of a tiny model, or the folder of a pipeline
     n_steps:int=50,  # steps
 ):                   # Calibration
     "The calibration that lies beside a model's weights; a `ValueError` if there is none for so many steps"
-    folder = Path(preset.source if (preset := find_preset(model)) else model)
-    path, there = folder/f'calibration_{n_steps}.json', sorted(p.stem.rpartition('_')[2] for p in folder.glob('calibration_*.json'))
+    path = calibration_file(model, n_steps)
+    there = sorted(p.stem.rpartition('_')[2] for p in path.parent.glob('calibration_*.json'))
     if not path.is_file(): raise ValueError(f'no calibration of {model!r} for {n_steps} steps lies beside its weights ({"there are some for " + ", ".join(there) + " steps" if there else "there is none"}); make one with spectrum-nb calibrate')
     return Calibration.load(path)

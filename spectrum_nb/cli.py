@@ -7,7 +7,7 @@ __all__ = ['MOST', 'TABLES', 'SIZED', 'COMMANDS', 'check_counts', 'check_setting
            'is_ours', 'said_of', 'demo', 'sample', 'call_of', 'frames_a_second', 'run', 'compare', 'calibrate', 'bench',
            'train', 'main']
 
-# %% ../nbs/39_cli.ipynb #28c253bf
+# %% ../nbs/39_cli.ipynb #6e7e7c58
 import inspect, json, sys, traceback
 from functools import partial
 from numbers import Integral, Real
@@ -16,11 +16,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from accelerate import PartialState
+from fastcore.meta import delegates
 from fastcore.script import anno_parser, call_parse
 
 from .ablations import ablations_bench
 from .bench import forecast_bench, loops_bench, provenance, save_json
-from .calibrate import Calibration, forget_kept, record, shipped_calibration, try_plans
+from .calibrate import Calibration, calibration_file, forget_kept, record, shipped_calibration, try_plans
 from .calibrated import BUDGETS, calibrated_bench, foretold_bench, transfer_bench
 from .cost import cost_jobs
 from .features import features_bench
@@ -32,7 +33,7 @@ from .real_size import real_size_jobs
 from .rivals import Method, all_methods, as_text, comparison_figure, quality_bench, run_methods, summary
 from .runs import all_jobs, compare_folders, comparison_strip, make_sample, read_prompts, sample_all, save_sample, summarise
 
-# %% ../nbs/39_cli.ipynb #5216ae2d
+# %% ../nbs/39_cli.ipynb #061fc450
 MOST = dict(steps=10_000, passes=10_000, trials=10_000, degree=1_000, prompts=10_000, seeds=10_000, limit=10**9, rounds=10_000, height=8_192, width=8_192, frames=10_000, fps=1_000)
 
 def check_counts(low=1, **counts):
@@ -52,9 +53,21 @@ def check_name(option, path):
     "Raise a `ValueError` unless `path` ends in a name"
     if Path(path).name in ('', '..'): raise ValueError(f'{option} must end in a name, not {path!r}')
 
-def config_of(steps, passes, schedule, **settings):
+def config_of(
+    steps,
+    speedup:float=None,      # steps ÷ passes, at least; by default 3.5
+    passes:int=None,         # or the number of passes
+    schedule:str='auto',     # auto, sigma, uniform, or paper: the authors' growing window, with their settings for what follows
+    alpha:float=None,        # growth of that window; 0.75 (authors: flex_window)
+    window:float=None,       # first distance between its passes; 2 (authors: window_size)
+    warmup:int=None,         # passes at the start; 1, the paper's 5 (authors: warmup_steps)
+    degree:int=None,         # highest Chebyshev degree; 4 (authors: m)
+    lam:float=None,          # ridge strength; 0.1 (authors: lam)
+    blend:float=None,        # share of the Chebyshev forecast, the rest linear; 0.15, the paper's schedule 0.5 (authors: w)
+):
     "The `SpectrumConfig` of the options that are given; alpha and window ask for the paper's schedule"
-    check_counts(0, degree=settings['degree'])
+    check_counts(passes=passes); check_counts(0, degree=degree)
+    settings = dict(speedup=speedup, alpha=alpha, window=window, warmup=warmup, degree=degree, lam=lam, blend=blend)
     given = {k: v for k, v in settings.items() if v is not None}
     paper = schedule == 'paper' or 'alpha' in given or 'window' in given
     if schedule not in ('auto', 'sigma', 'uniform', 'paper'): raise ValueError(f'schedule must be auto, sigma, uniform or paper, not {schedule!r}')
@@ -79,7 +92,7 @@ def said_of(config, plan=''):
     "What JSON can hold of a config, or of a plan and the file it came from"
     return dict(calibration=plan, plan=config.name, passes=config.passes) if isinstance(config, Plan) else vars(config)
 
-# %% ../nbs/39_cli.ipynb #b863be70
+# %% ../nbs/39_cli.ipynb #d671b22c
 @call_parse
 def demo(
     model:str='tiny-flux',   # tiny-flux, tiny-sd3, tiny-sdxl, tiny-hunyuan, tiny-wan, or the folder of one that you trained
@@ -101,7 +114,7 @@ def demo(
     methods = all_methods(pipe, steps, blends=(blend,))
     budgets = [passes] if passes else sorted({len(make_plan(m.config, steps).passes) for m in methods if isinstance(m.config, SpectrumConfig)}, reverse=True)
     methods[1:1] = [Method('default', steps, config_for_passes(k, steps), pipe.scheduler) for k in budgets]
-    if plan or (Path(find_preset(model).source)/f'calibration_{steps}.json').is_file():
+    if plan or calibration_file(model, steps).is_file():
         methods[1:1] = [Method('calibrated', steps, plan_of(plan or 'shipped', k, None, pipe, model, steps, call), pipe.scheduler) for k in budgets]
     results = run_methods(pipe, captions, [1000 + i for i in range(len(captions))], call, methods)
     rows = summary(results, captions)
@@ -111,22 +124,14 @@ def demo(
     picture = save_figure(comparison_figure(results, captions), Path(out)/'demo.png')
     print(f'picture {picture.resolve()}\ntable   {table.resolve()}')
 
-# %% ../nbs/39_cli.ipynb #4cdc8e55
+# %% ../nbs/39_cli.ipynb #abd461d2
 @call_parse
+@delegates(config_of)
 def sample(
     prompt:str='',           # what to draw
     model:str='tiny-flux',   # a preset, a folder or a hub id
     steps:int=50,            # denoising steps
-    speedup:float=None,      # steps ÷ passes, at least; by default 3.5
-    passes:int=None,         # or the number of passes
-    plan:str='',             # where they are: a calibration's JSON, or `shipped` for the one that lies beside the model's weights; else
-    schedule:str='auto',     # auto, sigma, uniform, or paper: the authors' growing window, with their settings for what follows
-    alpha:float=None,        # growth of that window; 0.75 (authors: flex_window)
-    window:float=None,       # first distance between its passes; 2 (authors: window_size)
-    warmup:int=None,         # passes at the start; 1, the paper's 5 (authors: warmup_steps)
-    degree:int=None,         # highest Chebyshev degree; 4 (authors: m)
-    lam:float=None,          # ridge strength; 0.1 (authors: lam)
-    blend:float=None,        # share of the Chebyshev forecast, the rest linear; 0.15, the paper's schedule 0.5 (authors: w)
+    plan:str='',             # where the passes are: a calibration's JSON, or `shipped` for the one that lies beside the model's weights; else as the schedule says
     seed:int=0,              # seed of the noise
     guidance:float=None,     # guidance scale; by default the model's
     height:int=None,         # pixels; by default the model's
@@ -135,18 +140,19 @@ def sample(
     fps:int=None,            # frames a second of a clip; by default the model's
     device:str=None,         # cpu, cuda, …; by default a GPU if there is one
     out:str='sample',        # file of the sample, by its nature a .png or an .mp4; its statistics go beside it as .json
+    **kwargs
 ):
     "Draw one prompt with Spectrum; prints what ran and where the sample is"
     if not prompt.strip(): raise ValueError('the prompt is empty; say what to draw with --prompt')
-    check_counts(steps=steps, passes=passes)
+    check_counts(steps=steps)
     check_settings(guidance, height, width, frames, fps, seed)
     check_name('out', out)
     path = Path(out)
     if path.suffix not in ('', '.png', '.mp4'): raise ValueError(f'a sample cannot be saved as {path.suffix!r}; pictures become .png, clips .mp4')
-    config = config_of(steps, passes, schedule, speedup=speedup, alpha=alpha, window=window, warmup=warmup, degree=degree, lam=lam, blend=blend)
+    config = config_of(steps, **kwargs)
     pipe = load_pipeline(model, device)
     call = call_of(pipe, model, guidance, height, width, frames)
-    if plan: config = plan_of(plan, passes, speedup, pipe, model, steps, call)
+    if plan: config = plan_of(plan, kwargs.get('passes'), kwargs.get('speedup'), pipe, model, steps, call)
     drawn, ran = make_sample(pipe, prompt, seed, steps, config, call)
     file = save_sample(drawn, path.with_suffix(''), fps or frames_a_second(model))
     save_json(dict(prompt=prompt, model=model, seed=seed, steps=steps, config=said_of(config, plan), call=call) | ran | provenance(pipe.device), file.with_suffix('.json'))
@@ -164,8 +170,9 @@ def frames_a_second(model):
     "Of a preset; 16 for another model"
     return (preset := find_preset(model)) and preset.fps or 16
 
-# %% ../nbs/39_cli.ipynb #11b8cbac
+# %% ../nbs/39_cli.ipynb #0c315d7a
 @call_parse
+@delegates(config_of)
 def run(
     prompts:str='',          # text file, UTF-8, one prompt a line
     model:str='tiny-flux',   # a preset, a folder or a hub id
@@ -175,16 +182,7 @@ def run(
     seed:int=0,              # first seed
     seeds:int=1,             # seeds for each prompt: seed, seed + 1, …
     steps:int=50,            # denoising steps
-    speedup:float=None,      # steps ÷ passes, at least; by default 3.5
-    passes:int=None,         # or the number of passes
-    plan:str='',             # where they are: a calibration's JSON, or `shipped` for the one that lies beside the model's weights; else
-    schedule:str='auto',     # auto, sigma, uniform, or paper: the authors' growing window, with their settings for what follows
-    alpha:float=None,        # growth of that window; 0.75 (authors: flex_window)
-    window:float=None,       # first distance between its passes; 2 (authors: window_size)
-    warmup:int=None,         # passes at the start; 1, the paper's 5 (authors: warmup_steps)
-    degree:int=None,         # highest Chebyshev degree; 4 (authors: m)
-    lam:float=None,          # ridge strength; 0.1 (authors: lam)
-    blend:float=None,        # share of the Chebyshev forecast, the rest linear; 0.15, the paper's schedule 0.5 (authors: w)
+    plan:str='',             # where the passes are: a calibration's JSON, or `shipped` for the one that lies beside the model's weights; else as the schedule says
     guidance:float=None,     # guidance scale; by default the model's
     height:int=None,         # pixels; by default the model's
     width:int=None,          # pixels; by default the model's
@@ -193,17 +191,18 @@ def run(
     device:str=None,         # cpu, cuda, …; by default one a process
     baseline:bool=False,     # also make the samples of full steps, in OUT/NAME/full, and measure against them
     exact:bool=False,        # keep clips without loss, too (FFV1), for compare
+    **kwargs
 ):
     "Sample a file of prompts; interrupt, run again and add processes (accelerate launch) as you like"
     if not prompts: raise ValueError('which prompts? give a text file, one prompt a line, with --prompts')
-    check_counts(limit=limit, steps=steps, passes=passes)
+    check_counts(limit=limit, steps=steps)
     check_settings(guidance, height, width, frames, fps, seed, seeds)
     if Path(name).name != name or name in ('', '..'): raise ValueError(f'the name of an experiment is one folder, not {name!r}')
-    config, folder = config_of(steps, passes, schedule, speedup=speedup, alpha=alpha, window=window, warmup=warmup, degree=degree, lam=lam, blend=blend), Path(out)/name
+    config, folder = config_of(steps, **kwargs), Path(out)/name
     jobs, state = all_jobs(read_prompts(prompts, limit), range(seed, seed + seeds)), PartialState()
     pipe = load_pipeline(model, device or str(state.device))
     call, fps = call_of(pipe, model, guidance, height, width, frames), fps or frames_a_second(model)
-    if plan: config = plan_of(plan, passes, speedup, pipe, model, steps, call)
+    if plan: config = plan_of(plan, kwargs.get('passes'), kwargs.get('speedup'), pipe, model, steps, call)
     settings = dict(model=model, steps=steps, config=said_of(config, plan), call=call) | (dict(fps=fps) if 'num_frames' in inspect.signature(pipe.__call__).parameters else {})
     if baseline: sample_all(pipe, jobs, folder/'full', settings | dict(config=None), steps, call=call, fps=fps, exact=True)
     state.wait_for_everyone()

@@ -6,14 +6,15 @@
 __all__ = ['NOISY', 'Moment', 'CallClock', 'step_of', 'place_of', 'begin_of', 'unwrapped', 'calling_pipeline', 'noise_of',
            'levels_of', 'PipelineClock']
 
-# %% ../nbs/08_clock.ipynb #3ac9a543
+# %% ../nbs/08_clock.ipynb #3c1b87f1
 import sys
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
+
+from .plan import noise_shares
 
 # %% ../nbs/08_clock.ipynb #6e331582
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class CallClock:
     def reset(self): self.run = object()
     def now(self, timestep=None): return Moment(self.run, self.n_steps)
 
-# %% ../nbs/08_clock.ipynb #7a832e97
+# %% ../nbs/08_clock.ipynb #a9f0ea2d
 def step_of(
     scheduler,      # diffusers scheduler
     begin:int=0,    # the first of its timesteps that is used
@@ -88,11 +89,10 @@ def noise_of(
 def levels_of(
     scheduler,  # diffusers scheduler with its timesteps set
 ):              # tuple with one more than those, from 0 to 1; or None, where it does not tell
-    "The share of noise before each of a scheduler's timesteps and after the last: its `sigmas`, or what its `alphas_cumprod` mean. Levels that go beyond 1 are ratios of noise to signal (EDM's), of which the share is σ/(1 + σ)"
+    "The share of noise before each of a scheduler's timesteps and after the last: its `sigmas`, or what its `alphas_cumprod` mean"
     levels, times = getattr(scheduler, 'sigmas', None), scheduler.timesteps
     if levels is not None and 0 < len(levels) - len(times) < 4:                               # some repeat the last
-        levels = np.array(torch.as_tensor(levels).tolist())[:len(times) + 1]
-        return tuple((levels/(1 + levels) if levels.max() > 1 + 1e-6 else levels).tolist())
+        return tuple(noise_shares(torch.as_tensor(levels).tolist()[:len(times) + 1]).tolist())
     kept = getattr(scheduler, 'alphas_cumprod', None)
     if levels is not None or kept is None or times.is_floating_point(): return None
     kept = kept[times.cpu()].double(); noise = (1 - kept).sqrt()
