@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from .plan import noise_shares
+from .schedule import noise_shares
 
 # %% ../nbs/08_clock.ipynb #6e331582
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ from torch.utils import _pytree as pytree
 
 from .anatomy import Anatomy, check_anatomy, find_anatomy, head_hook, without
 from .clock import CallClock, PipelineClock, unwrapped
+from .forecast import check_number
 from .history import History
-from .plan import Plan, SpectrumConfig, check_number, make_plan
+from .plan import Plan, SpectrumConfig, make_plan
 
 # %% ../nbs/09_hook.ipynb #cd4f4068
 @dataclass(frozen=True)
@@ -365,7 +366,7 @@ class SpectrumHandle:
 
     def plan_for(self, n_steps, rest=False, sigmas=None, whole=None):
         "The plan of a run of `n_steps`, or of the `rest` of one whose history was lost, where the `whole` has more"
-        key = n_steps, rest, sigmas if getattr(self.config, 'schedule', '') in ('auto', 'sigma') else None, whole if getattr(self.config, 'n_passes', None) else None
+        key = n_steps, rest, sigmas, whole
         if key not in self._plans: self._plans[key] = self._new_plan(*key)
         return self._plans[key]
 
@@ -375,9 +376,11 @@ class SpectrumHandle:
             if self.config.n_steps != n_steps:
                 raise ValueError(f'the plan is for {self.config.n_steps} steps but the run has {n_steps}; make_plan(config, n_steps={n_steps}), or pass the config itself')
             return self.config
-        if n_steps <= self.config.warmup + self.config.last and not rest:      # said once for each length: plans are kept
-            warnings.warn(f'a run of {n_steps} steps is no longer than the passes at its start ({self.config.warmup}) and end ({self.config.last}): every step is a full pass, nothing is saved', stacklevel=2)
-        return make_plan(self.config.part(n_steps/whole) if whole else self.config, n_steps, sigmas)
+        start, end = self.config.ends
+        if n_steps <= start + end and not rest:      # said once for each length: plans are kept
+            warnings.warn(f'a run of {n_steps} steps is no longer than the passes at its start ({start}) and end ({end}): '
+                          'every step is a full pass, nothing is saved', stacklevel=2)
+        return make_plan(self.config.share(n_steps/whole) if whole else self.config, n_steps, sigmas)
 
     def new_run(self, moment, context, module):
         "The `Run` that begins at a moment"
@@ -447,6 +450,8 @@ def apply_spectrum(
     history_device='same',  # where features are kept: `'same'`, on the device that made them, or `'cpu'`
     measure=True,      # whether each pass is compared with its forecast (one weighted sum and one norm a pass)
     watch=None,        # function (context, step, list of tensors), called with the feature of every pass before it is used
+    n_passes:int=None,   # in place of a config: `SpectrumConfig(n_passes=…)`
+    speedup:float=None,  # in place of a config: `SpectrumConfig(speedup=…)`, steps ÷ passes
 ):                     # SpectrumHandle
     """Accelerate `target`: run all blocks at the plan's passes, forecast the last feature at the other steps.
 
@@ -456,7 +461,12 @@ def apply_spectrum(
     of the input's shape, dtype or device begins a new history with a full pass (a config is planned anew for the rest of the run, a plan is
     followed no further), likewise a feature that is not finite, and a forecast that is not finite becomes a full pass; all are noted in `stats`.
     For a bare denoiser `n_steps` counts calls: where a step is two calls, name them by `denoiser.cache_context("cond")` and `("uncond")`."""
-    config = SpectrumConfig() if config is None else config
+    said = [name for name, value in dict(n_passes=n_passes, speedup=speedup).items() if value is not None]
+    if said and config is not None:
+        raise ValueError(f'{" and ".join(said)} and a config say two things about one run; leave one out: '
+                         f'SpectrumConfig(…, {said[0]}=…) has it, too')
+    if n_passes is not None and n_steps is not None: check_number('n_passes', n_passes, 1, Integral, n_steps)
+    if config is None: config = SpectrumConfig(n_passes=n_passes, speedup=speedup)
     if not isinstance(config, (SpectrumConfig, Plan)): raise TypeError(f'apply_spectrum needs a SpectrumConfig or a Plan, not {type(config).__name__}')
     for name, value, known in (('feature', feature, ('hidden', 'output')), ('history_device', history_device, ('same', 'cpu'))):
         if value not in known: raise ValueError(f'{name} must be one of {known}, not {value!r}')
