@@ -61,7 +61,8 @@ class Gram:
 
     def __post_init__(self):
         shape = np.shape(self.gram)
-        if len(shape) != 2 or shape[0] != shape[1]: raise ValueError(f'gram must be a square matrix [n, n], not of shape {shape}')
+        if len(shape) != 2 or shape[0] != shape[1]:
+            raise ValueError(f'gram must be a square matrix [n, n], not of shape {shape}')
         check_number('shrinkage', self.shrinkage, 0)
 
     def __call__(self,
@@ -89,7 +90,8 @@ def choose_shrinkage(
     folds = [(gram, np.delete(grams, p, 0).mean(0)) for p, gram in enumerate(grams)]
     for eps, (gram, others), k in product(SHRINKAGE, folds, budgets):
         passes = spaced_passes(min(k, n), n, warmup=1)
-        E = (plan_from(passes, n, Gram(others, eps)).weights - np.eye(n))[passes[min(3, len(passes) - 1)]:]     # from the fourth pass on
+        off = plan_from(passes, n, Gram(others, eps)).weights - np.eye(n)
+        E = off[passes[min(3, len(passes) - 1)]:]     # from the fourth pass on
         scores[eps] += np.einsum('ri,ij,rj->', E, gram, E)
     return max(eps for eps, s in scores.items() if s <= slack**2*min(scores.values()))
 
@@ -179,7 +181,9 @@ class Calibration:
         "The places of so many passes, found in one of the PLACES"
         if places == 'noise':
             passes = NoiseSpaced().with_passes(n_passes)(self.n_steps, self.about.get('sigmas'))
-            if missing := sorted({*must} - {*passes}): raise ValueError(f'the schedule NoiseSpaced has no pass at {missing}; leave out must, or choose other places than {places!r}')
+            if missing := sorted({*must} - {*passes}):
+                raise ValueError(f'the schedule NoiseSpaced has no pass at {missing}; leave out must, '
+                                 f'or choose other places than {places!r}')
             return passes
         key = forecaster, places, feature
         if key not in self._errors:
@@ -201,7 +205,8 @@ class Calibration:
         words = dict(forecaster=(*FORECASTERS, 'gram', 'best'), feature=('hidden', 'output'), places=(None, *PLACES))
         for name, value in dict(forecaster=forecaster, feature=feature, places=places).items():
             if name == 'forecaster' and not isinstance(value, str): check_forecaster(name, value)
-            elif value not in words[name]: raise ValueError(f'no {name} {value!r}; choose one of {", ".join(map(str, words[name]))}')
+            elif value not in words[name]:
+                raise ValueError(f'no {name} {value!r}; choose one of {", ".join(map(str, words[name]))}')
         if max_error is not None:
             check_number('max_error', max_error, 0, Real)
             for k in range(1, self.n_steps + 1):
@@ -250,10 +255,12 @@ class Calibration:
     ):         # Calibration
         "Read a calibration; a `ValueError` for a file that is none, or damaged"
         said = read_json(path, kind=str, version=int, about=dict, shrinkage=float, response=list, gains=list, output=list, hidden=dict, trials=list)
-        if said['kind'] != 'spectrum_nb calibration': raise ValueError(f'{path} is no calibration but {said["kind"]!r}; make one with spectrum-nb calibrate')
+        if said['kind'] != 'spectrum_nb calibration':
+            raise ValueError(f'{path} is no calibration but {said["kind"]!r}; make one with spectrum-nb calibrate')
         if said['version'] != 3:
-            raise ValueError(f'{path} is a calibration of version {said["version"]}, and this package reads version 3, in which forecasters '
-                             'have other names; make it anew: spectrum-nb calibrate with the same model, prompts and steps (record and try_plans in Python)')
+            raise ValueError(f'{path} is a calibration of version {said["version"]}, and this package reads version 3, '
+                             'in which forecasters have other names; make it anew: spectrum-nb calibrate with the same '
+                             'model, prompts and steps (in Python record and try_plans)')
         try:
             response = np.array(said['response'], dtype=float); n = len(response)
             def square(values):

@@ -61,14 +61,14 @@ def config_of(
     steps,
     speedup:float=None,      # steps ÷ passes, at least; by default 3.5
     passes:int=None,         # or the number of passes
-    schedule:str=None,       # even, noise, power or growing; by default noise. paper is growing, too: the authors' settings, for what follows as well
+    schedule:str=None,       # noise, which is the default, even, power or growing; paper is another word for growing
     alpha:float=None,        # growth of the growing gaps; 0.75 (authors: flex_window)
     window:float=None,       # the first of the growing gaps; 2 (authors: window_size)
     warmup:int=None,         # passes at the start; 1, of power 3, of growing 5 (authors: warmup_steps)
     forecaster:str=None,     # reuse, line, parabola, cubic, damped, chebyshev or blend; by default blend
     degree:int=None,         # highest Chebyshev degree; 4 (authors: m)
     lam:float=None,          # ridge strength; 0.1 (authors: lam)
-    blend:float=None,        # share of the Chebyshev forecast, the rest linear; 0.15, with growing gaps 0.5 (authors: w)
+    blend:float=None,        # share of the Chebyshev forecast, the rest a line; 0.15, of growing 0.5 (authors: w)
 ):
     "The `SpectrumConfig` of the options that are given; alpha and window ask for growing gaps"
     check_counts(passes=passes)
@@ -76,10 +76,13 @@ def config_of(
     if schedule not in (None, *words): raise ValueError(f'schedule must be one of {", ".join(words)}, not {schedule!r}')
     growing = schedule in ('growing', 'paper') or schedule is None and bool(grown)
     if grown and not growing:
-        raise ValueError(f'{" and ".join(grown)} are of the schedule growing, not of {schedule!r}; leave them out, or the schedule')
-    if passes and speedup is not None: raise ValueError('passes and speedup say two things about one number; leave one out')
+        raise ValueError(f'{" and ".join(grown)} are of the schedule growing, not of {schedule!r}; '
+                         'leave them out, or the schedule')
+    if passes and speedup is not None:
+        raise ValueError('passes and speedup say two things about one number; leave one out')
     if growing and speedup is not None: passes, speedup = passes_for(speedup, steps), None
-    if passes and alpha is not None: raise ValueError('alpha says how many passes there are; leave it out, or passes and speedup')
+    if passes and alpha is not None:
+        raise ValueError('alpha says how many passes there are; leave it out, or passes and speedup')
     default = SpectrumConfig()
     empty = Growing() if growing else SCHEDULES[schedule]() if schedule else default.schedule
     places = replace(empty, **grown | ({} if warmup is None else dict(warmup=warmup)))
@@ -95,15 +98,20 @@ def forecaster_of(
     other,   # forecaster
 ):           # forecaster
     "The forecaster of a word, with the settings that are given; a `ValueError` for a setting that it does not have"
-    if word not in (None, *FORECASTERS): raise ValueError(f'forecaster must be one of {", ".join(FORECASTERS)}, not {word!r}')
+    if word not in (None, *FORECASTERS):
+        raise ValueError(f'forecaster must be one of {", ".join(FORECASTERS)}, not {word!r}')
     check_counts(0, degree=degree)
     if blend is not None: check_number('blend', blend, 0, Real, 1)
     ridge = {k: v for k, v in dict(degree=degree, lam=lam).items() if v is not None}
     given = [*ridge] + ['blend']*(blend is not None)
     base = other if word in (None, 'blend') else FORECASTERS[word]
     if isinstance(base, Chebyshev) and blend is None: return replace(base, **ridge)
-    if isinstance(base, Blend): return replace(base, w=base.w if blend is None else blend, first=replace(base.first, **ridge))
-    if given: raise ValueError(f'{" and ".join(given)} cannot be set of the forecaster {word or name_of(other)!r}; leave out, or choose blend')
+    if isinstance(base, Blend):
+        w = base.w if blend is None else blend
+        return replace(base, w=w, first=replace(base.first, **ridge))
+    if given:
+        raise ValueError(f'the forecaster {word or name_of(other)!r} has no {" and no ".join(given)}; '
+                         'leave that out, or choose blend')
     return base
 
 # %% ../nbs/39_cli.ipynb #cd2c31bf
@@ -119,7 +127,8 @@ def is_ours(model):
 
 def said_of(config, plan=''):
     "What JSON can hold of a config, or of a plan and the file it came from"
-    return dict(calibration=plan, plan=config.name, passes=config.passes) if isinstance(config, Plan) else config.as_dict()
+    if isinstance(config, Plan): return dict(calibration=plan, plan=config.name, passes=config.passes)
+    return config.as_dict()
 
 # %% ../nbs/39_cli.ipynb #d671b22c
 @call_parse

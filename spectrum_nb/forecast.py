@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FORECASTERS', 'ridge_weights', 'check_number', 'Chebyshev', 'newton_weights', 'Newton', 'DampedLine', 'Blend',
-           'check_forecaster', 'name_of']
+           'check_forecaster', 'name_of', 'repr_of']
 
 # %% ../nbs/03_forecast.ipynb #6eaa7af0
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 
 import numpy as np
@@ -111,7 +111,9 @@ class Newton:
         return newton_weights(known, steps, self.order)
 
     @property
-    def name(self): return dict(enumerate(('reuse', 'line', 'parabola', 'cubic'))).get(self.order, f'order {self.order}')
+    def name(self):
+        names = 'reuse', 'line', 'parabola', 'cubic'
+        return names[self.order] if self.order < len(names) else f'order {self.order}'
 
 # %% ../nbs/03_forecast.ipynb #5ca86b2c
 @dataclass(frozen=True)
@@ -185,6 +187,13 @@ def name_of(
 ):            # str
     "What a schedule or forecaster is called in tables; a function goes by its own name"
     return getattr(setting, 'name', None) or getattr(setting, '__name__', type(setting).__name__)
+
+def repr_of(
+    setting,  # dataclass
+):            # str
+    "A setting as one would write it, without what is None"
+    said = {f.name: getattr(setting, f.name) for f in fields(setting)}
+    return f'{type(setting).__name__}({", ".join(f"{k}={v!r}" for k, v in said.items() if v is not None)})'
 
 # %% ../nbs/03_forecast.ipynb #35cbe361
 FORECASTERS = dict(

@@ -378,8 +378,8 @@ class SpectrumHandle:
             return self.config
         start, end = self.config.ends
         if n_steps <= start + end and not rest:      # said once for each length: plans are kept
-            warnings.warn(f'a run of {n_steps} steps is no longer than the passes at its start ({start}) and end ({end}): '
-                          'every step is a full pass, nothing is saved', stacklevel=2)
+            warnings.warn(f'a run of {n_steps} steps is no longer than the passes at its start ({start}) and end '
+                          f'({end}): every step is a full pass, nothing is saved', stacklevel=2)
         return make_plan(self.config.share(n_steps/whole) if whole else self.config, n_steps, sigmas)
 
     def new_run(self, moment, context, module):

@@ -13,11 +13,11 @@ from numbers import Integral, Real
 
 import numpy as np
 
-from .forecast import Blend, Chebyshev, Newton, check_forecaster, check_number, name_of
+from .forecast import Blend, Chebyshev, Newton, check_forecaster, check_number, name_of, repr_of
 from .schedule import Budget, Growing, NoiseSpaced, check_passes
 
 # %% ../nbs/05_plan.ipynb #29f6fc4f
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True, init=False, repr=False)
 class SpectrumConfig:
     "Settings of Spectrum; a `ValueError` (wrong value) or `TypeError` (wrong kind) names what cannot work"
     schedule:object
@@ -47,8 +47,8 @@ class SpectrumConfig:
         needs, (start, _) = getattr(forecaster, 'needs', 1), self.ends
         known = min(start, keep or start)
         if start and known < needs:
-            raise ValueError(f'lam=0 leaves the first forecast of {name_of(self.forecaster)} undetermined by {known} passes '
-                             f'(warmup {start}, keep {self.keep}): use lam > 0, degree <= {known - 1}, '
+            raise ValueError(f'lam=0 leaves the first forecast of {name_of(forecaster)} undetermined by {known} passes '
+                             f'(warmup {start}, keep {keep}): use lam > 0, degree <= {known - 1}, '
                              f'or warmup and keep >= {needs}')
 
     @classmethod
@@ -65,7 +65,8 @@ class SpectrumConfig:
     ):                        # SpectrumConfig
         "The paper's schedule and the authors' settings, with some of them changed"
         check_number('blend', blend, 0, Real, 1)
-        return cls(Growing(window, alpha, warmup, last), Blend(blend, Chebyshev(degree, lam), Newton(1)), keep, tolerance)
+        forecaster = Blend(blend, Chebyshev(degree, lam), Newton(1))
+        return cls(Growing(window, alpha, warmup, last), forecaster, keep, tolerance)
 
     @property
     def ends(self):
@@ -93,6 +94,8 @@ class SpectrumConfig:
         "The settings as what JSON holds; equal for equal settings"
         return {f.name: plain(getattr(self, f.name)) for f in fields(self)}
 
+    def __repr__(self): return repr_of(self)
+
 # %% ../nbs/05_plan.ipynb #3a917bf3
 def check_schedule(
     name:str,  # what it is called in the error
@@ -102,7 +105,7 @@ def check_schedule(
     if isinstance(schedule, type):
         raise TypeError(f'{name} must be an object, not the class {schedule.__name__}: write {schedule.__name__}()')
     if not callable(schedule):
-        raise TypeError(f'{name} must be a schedule, such as Even(10), NoiseSpaced(speedup=5) or Growing(), or a function '
+        raise TypeError(f'{name} must be a schedule, such as Even(10) or NoiseSpaced(speedup=5), or a function '
                         f'(n_steps, sigmas) -> passes, not {schedule!r}')
     return schedule
 
@@ -217,14 +220,16 @@ def weights_of(
     returned = forecaster([*known], steps, n_steps)
     try: rows = np.array(returned, dtype=np.float64)
     except (TypeError, ValueError) as e:
-        raise ValueError(f'the forecaster {forecaster!r} returned {returned!r}, which is no table of numbers ({e})') from None
+        raise ValueError(f'the forecaster {forecaster!r} returned {returned!r}, which is no table of numbers '
+                         f'({e})') from None
     wanted = len(steps), len(known)
     if rows.shape != wanted:
-        raise ValueError(f'the forecaster {forecaster!r} returned weights of shape {rows.shape} for {len(steps)} steps and '
-                         f'{len(known)} passes; they must be of shape {wanted}: a row for each step, a column for each pass')
+        raise ValueError(f'the forecaster {forecaster!r} returned weights of shape {rows.shape} for {len(steps)} steps '
+                         f'and {len(known)} passes; they must be of shape {wanted}: '
+                         'a row for each step, a column for each pass')
     if not np.isfinite(rows).all():
-        raise ValueError(f'the forecaster {forecaster!r} returned weights that are not finite, for the passes {known} and '
-                         f'the steps {[int(s) for s in steps]}')
+        raise ValueError(f'the forecaster {forecaster!r} returned weights that are not finite, '
+                         f'for the passes {known} and the steps {[int(s) for s in steps]}')
     return rows
 
 # %% ../nbs/05_plan.ipynb #9d51a62f
@@ -246,7 +251,7 @@ def make_plan(
 def config_for_passes(
     n_passes:int,            # wanted number of passes
     n_steps:int,             # number of steps of the run
-    schedule=None,           # schedule that can be given a number of passes, such as Even() or Growing(); by default the default's
+    schedule=None,           # that can be given a number of passes, as Even() or Growing(); by default the default's
     **settings,              # further settings of `SpectrumConfig`
 ):                           # SpectrumConfig
     "The config with exactly so many passes in a run; a `ValueError` names the nearest if a growing window has none"
