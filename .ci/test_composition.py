@@ -20,9 +20,9 @@ from spectrum_nb.anatomy import blocks_of, count_calls, find_anatomy
 from spectrum_nb.hook import SpectrumHook, apply_spectrum, find_denoisers
 from spectrum_nb.calibrate import record
 from spectrum_nb.clock import levels_of
-from spectrum_nb.forecast import Newton
+from spectrum_nb.forecast import DampedLine, Newton
 from spectrum_nb.plan import Plan, SpectrumConfig, make_plan
-from spectrum_nb.schedule import Even, NoiseSpaced
+from spectrum_nb.schedule import Even, Listed, NoiseSpaced
 from spectrum_nb.presets import call_defaults, held_captions, load_pipeline
 
 N = 14
@@ -929,6 +929,15 @@ def test_passes_are_spaced_evenly_where_a_sampler_tells_no_noise_levels():
     pipe.scheduler = diffusers.DDIMScheduler.from_config(own)           # tells them by its alphas
     with apply_spectrum(pipe, config) as run: sample()
     assert [s.passes for s in run.stats] == [make_plan(config, N, levels_of(pipe.scheduler)).passes]
+
+
+def test_a_published_list_is_followed_and_refuses_a_run_of_another_length():
+    pipe, _, sample = load('tiny-flux')
+    passes = [0, 1, 3, N - 1]
+    with apply_spectrum(pipe, SpectrumConfig(Listed(passes, N), DampedLine())) as run:
+        sample()
+        with pytest.raises(ValueError, match=f'is for {N} steps but the run has {N + 1}'): sample(num_inference_steps=N + 1)
+    assert run.stats and all(s.passes == passes for s in run.stats)
 
 
 @pytest.mark.parametrize('name', ALL)

@@ -88,7 +88,7 @@ class SpectrumConfig:
     ):                   # SpectrumConfig
         "The settings for a part of a run; a schedule without `share` is asked anew for the part"
         part = getattr(self.schedule, 'share', None)
-        return self if part is None else replace(self, schedule=part(fraction))
+        return self if part is None or fraction == 1 else replace(self, schedule=part(fraction))
 
     def as_dict(self):
         "The settings as what JSON holds; equal for equal settings"
