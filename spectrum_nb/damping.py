@@ -78,9 +78,10 @@ class Steadiness:
     def __init__(self,
         trust:float=2.,  # d = trust · ρ, clipped to [0, 1]
         first:float=.5,  # d over the second gap, before any ratio is known
+        memory:int=2,    # the smallest of so many latest ratios counts
     ):
-        self.trust, self.first = trust, first
-        self.left, self.known, self.smallest, self.ratios = None, [], None, {}
+        self.trust, self.first, self.memory = trust, first, memory
+        self.left, self.known, self.latest, self.ratios = None, [], [], {}
 
     def see(self,
         step:int,      # step of this call
@@ -106,11 +107,12 @@ class Steadiness:
         if len(self.known) < 3: return
         steps, velocities = zip(*self.known)
         ratio = change_ratio(velocities, steps).double().cpu()
-        self.smallest = ratio if self.smallest is None else torch.minimum(self.smallest, ratio)
+        alike = [r for r in self.latest if r.shape == ratio.shape]
+        self.latest = [*alike, ratio][-self.memory:]
         self.ratios[step] = ratio.min().item()
 
     @property
     def damping(self):
         "d: [rows] float64 on the CPU, or one number while no ratio is known"
-        if self.smallest is None: return torch.tensor([self.first], dtype=torch.float64)
-        return (self.trust*self.smallest.nan_to_num(0.)).clamp(0, 1)
+        if not self.latest: return torch.tensor([self.first], dtype=torch.float64)
+        return (self.trust*torch.stack(self.latest).amin(0).nan_to_num(0.)).clamp(0, 1)

@@ -10,7 +10,7 @@ __all__ = ['RESIDUALS', 'TWO_THREADS', 'DENOISERS', 'RunStats', 'passes_of', 'is
 # %% ../nbs/09_hook.ipynb #45b383e4
 import inspect, warnings
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 from threading import get_ident
 
@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from .anatomy import Anatomy, check_anatomy, find_anatomy, head_hook, without
 from .clock import CallClock, PipelineClock, unwrapped
+from .damping import Steadiness
 from .forecast import check_number
 from .history import History
 from .plan import Plan, SpectrumConfig, make_plan
@@ -38,6 +39,7 @@ class RunStats:
     fallbacks:dict   # {step: why it ran in full though the plan had a forecast, or why the history was begun anew}
     errors:dict      # {pass: relative L2 error that the forecast of its feature would have had}
     nbytes:int=0     # memory of the history at its largest
+    ratios:dict=field(default_factory=dict)   # {pass: the least change of velocity that came, in units of what a line had promised}; see `Steadiness`
 
     @property
     def n_passes(self): return len(self.passes)
@@ -127,6 +129,8 @@ class Run:
     def begin(self, plan, start):
         "Follow `plan` from step `start` on, with an empty history"
         self.plan, self.start, self.histories = plan, start, []
+        line = plan.damping
+        self.steadiness = None if line is None else Steadiness(line.trust, line.first, line.memory)
 
     def in_any(self, flag):
         "Whether something holds here or in another process of the meshes: a block that one process runs and another skips would wait for ever"
@@ -137,16 +141,25 @@ class Run:
                 flag = bool(flags)
         return flag
 
-    def weigh(self, row):
-        "The tensors of the feature that a row of the plan makes, or None if a pass that it needs is missing"
-        h = [h.forecast(row) for h in self.histories]
+    @torch.compiler.disable
+    def see(self, i, sample, moment):
+        "Watch the sample of step i, where the plan measures how far its lines may be followed"
+        if self.steadiness is None: return
+        share = float(i) if self.sigmas is None else self.sigmas[i]
+        self.steadiness.see(i, sample, share, self.plan.is_pass[i - self.start], moment.flow or self.sigmas is None, moment.kept)
+
+    def weigh(self, rows, i):
+        "The tensors of the feature that row i of the plan's weights or checks makes, or None if a pass that it needs is missing"
+        row, slope = rows[i - self.start], self.plan.slopes[i - self.start]
+        if self.steadiness is None or not slope.any(): h = [h.forecast(row) for h in self.histories]
+        else: h = [h.damped(row, slope, self.steadiness.damping) for h in self.histories]
         return None if not h or any(x is None for x in h) else h
 
     @torch.compiler.disable
     def forecast(self, i):
         "The tensors of the feature of step i, or None if it must be computed; a forecast that cannot be used is noted"
         if self.plan.is_pass[i - self.start] or i in self.forced: return None
-        h = self.weigh(self.plan.weights[i - self.start])
+        h = self.weigh(self.plan.weights, i)
         if not self.in_any(h is None or not all(map(is_finite, h))): return h
         self.fallbacks[i] = 'a pass that the forecast needs is missing' if h is None else 'the forecast is not finite'
 
@@ -165,7 +178,7 @@ class Run:
         if self.in_any(not all(map(is_finite, feature))): return False
         if not self.histories: self.histories = [History(self.plan, self.device) for _ in feature]
         feature = [x.to(h.widened(narrowest(x, self.signature))) for h, x in zip(self.histories, feature)]
-        if self.measure and (h := self.weigh(self.plan.checks[i - self.start])) is not None: self.errors[i] = relative_error(h, feature)
+        if self.measure and self.plan.checks[i - self.start].any() and (h := self.weigh(self.plan.checks, i)) is not None: self.errors[i] = relative_error(h, feature)
         if self.plan.is_pass[i - self.start]:
             for history, x in zip(self.histories, feature): history.store(i - self.start, x)
         self.nbytes = max(self.nbytes, sum(h.nbytes for h in self.histories))
@@ -178,7 +191,8 @@ class Run:
         "Give the memory back; the statistics of the run"
         self.done, self.histories, self.leaves, self.form = True, [], None, None
         at = lambda steps: {self.first + i: x for i, x in steps.items()}           # steps of the run, not of the share
-        return RunStats(self.context, self.n_steps, [self.first + i for i in self.passes], at(self.fallbacks), at({i: e.item() for i, e in self.errors.items()}), self.nbytes)
+        return RunStats(self.context, self.n_steps, [self.first + i for i in self.passes], at(self.fallbacks), at({i: e.item() for i, e in self.errors.items()}), self.nbytes,
+                        at(self.steadiness.ratios) if self.steadiness else {})
 
 # %% ../nbs/09_hook.ipynb #fb9670e0
 @torch.compiler.disable
@@ -258,7 +272,7 @@ class SpectrumHook(ModelHook):
 
     @torch.compiler.disable
     def find_run(self, module, args, kwargs):
-        "(run, step) of this call; a new run if the clock says so"
+        "(run, step, moment) of this call; a new run if the clock says so"
         try: name = self.contexts.context.name
         except ValueError: name = ''
         time = None if self.time_place is None else args[self.time_place] if len(args) > self.time_place else kwargs.get(self.time_name)
@@ -277,7 +291,7 @@ class SpectrumHook(ModelHook):
         if run is None or run.key is not key or run.done or (step is not None and step < run.step):
             for hook in self.handle.hooks: hook.runs = {n: r for n, r in hook.runs.items() if r.key is key}       # what is left of an interrupted run
             run = self.runs[name] = self.handle.new_run(moment, self.clock.label + name, module)
-        return run, run.step if step is None else step
+        return run, run.step if step is None else step, moment
 
     @torch.compiler.disable
     def begin_anew(self, run, i, start, why):
@@ -296,11 +310,13 @@ class SpectrumHook(ModelHook):
         "One call of the denoiser: a pass or a forecast"
         if getattr(module, 'is_cache_enabled', False):
             raise RuntimeError('a diffusers cache was enabled on this denoiser after Spectrum was applied; call disable_cache(), or handle.remove()')
-        run, i = self.find_run(module, args, kwargs)
+        run, i, moment = self.find_run(module, args, kwargs)
         if i >= run.n_steps: return self.fn_ref.original_forward(*args, **kwargs)
-        signature = signature_of(args[0] if args else kwargs.get(self.sample_name))
+        sample = args[0] if args else kwargs.get(self.sample_name)
+        signature = signature_of(sample)
         if run.signature not in (None, signature): self.begin_anew(run, i, i, 'the input changed its shape, dtype or device: new history'); run.kinds = None
         run.signature = signature
+        run.see(i, sample, moment)
         if (h := run.forecast(i)) is not None: out = self.skip(run, h, module, args, kwargs)
         else:
             out, feature = self.compute(run, module, args, kwargs)
@@ -376,11 +392,16 @@ class SpectrumHandle:
             if self.config.n_steps != n_steps:
                 raise ValueError(f'the plan is for {self.config.n_steps} steps but the run has {n_steps}; make_plan(config, n_steps={n_steps}), or pass the config itself')
             return self.config
-        start, end = self.config.ends
-        if n_steps <= start + end and not rest:      # said once for each length: plans are kept
-            warnings.warn(f'a run of {n_steps} steps is no longer than the passes at its start ({start}) and end '
-                          f'({end}): every step is a full pass, nothing is saved', stacklevel=2)
-        return make_plan(self.config.share(n_steps/whole) if whole else self.config, n_steps, sigmas)
+        plan = make_plan(self.config.share(n_steps/whole) if whole else self.config, n_steps, sigmas)
+        if len(plan.passes) == n_steps and not rest and not self.all_wanted(n_steps):      # once for each length: plans are kept
+            warnings.warn(f'a run of {n_steps} steps is no longer than the passes that {self.config.schedule!r} gives it: '
+                          'every step is a full pass, nothing is saved; give a number of passes to have fewer', stacklevel=2)
+        return plan
+
+    def all_wanted(self, n_steps):
+        "Whether the config asks for every step of a run to be a pass"
+        wanted = [getattr(self.config.schedule, name, None) for name in ('speedup', 'n_passes')]
+        return wanted[0] == 1 or (wanted[1] or 0) >= n_steps
 
     def new_run(self, moment, context, module):
         "The `Run` that begins at a moment"

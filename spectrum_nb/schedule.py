@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPEEDUP', 'SCHEDULES', 'window_passes', 'alpha_for_passes', 'Growing', 'spaced_passes', 'passes_for', 'Budget',
-           'Even', 'noise_shares', 'step_density', 'NoiseSpaced', 'PowerSpaced', 'Listed', 'check_passes']
+           'Even', 'noise_shares', 'step_density', 'density_of', 'NoiseSpaced', 'NoiseQuantiles', 'PowerSpaced',
+           'Listed', 'check_passes']
 
 # %% ../nbs/04_schedule.ipynb #21f647e6
 import math, warnings
@@ -208,6 +209,18 @@ def step_density(
     "|Δσ|^q of the steps, with σ the share of noise in the sample"
     return np.maximum(np.abs(np.diff(noise_shares(sigmas))), 1e-9)**power
 
+def density_of(
+    sigmas,       # [n_steps + 1] noise levels, or None where the sampler does not tell them
+    n_steps:int,  # number of steps of the run
+    power:float,  # q
+):                # [n_steps]
+    "How much each step counts: |Δσ|^q, or all the same; a `ValueError` for levels that do not fit the run"
+    if sigmas is None: return np.ones(n_steps)
+    if len(sigmas) != n_steps + 1 or not np.isfinite(sigmas).all():
+        raise ValueError(f'sigmas must be {n_steps + 1} finite noise levels, one before each step and one after '
+                         f'the last, not {np.shape(sigmas)}: {sigmas}')
+    return step_density(sigmas, power)
+
 # %% ../nbs/04_schedule.ipynb #9baed1d1
 @dataclass(frozen=True, repr=False)
 class NoiseSpaced(Budget):
@@ -227,11 +240,39 @@ class NoiseSpaced(Budget):
     ):                 # ascending list of passes
         "The passes of a run"
         n_passes, start, end = self.budget(n_steps)
-        if sigmas is None: return spaced_passes(n_passes, n_steps, start, last=end)
-        if len(sigmas) != n_steps + 1 or not np.isfinite(sigmas).all():
-            raise ValueError(f'sigmas must be {n_steps + 1} finite noise levels, one before each step and one after '
-                             f'the last, not {np.shape(sigmas)}: {sigmas}')
-        return spaced_passes(n_passes, n_steps, start, step_density(sigmas, self.power), end)
+        return spaced_passes(n_passes, n_steps, start, density_of(sigmas, n_steps, self.power), end)
+
+# %% ../nbs/04_schedule.ipynb #4416c916
+@dataclass(frozen=True, repr=False)
+class NoiseQuantiles(Budget):
+    "Passes at even quantiles of Σ|Δσ|^power, with room for a part of a gap after the last"
+    power:float=.35  # q: 0 for equal gaps, 1 for equal changes of the noise level
+    room:float=.35   # of a gap, after the last pass; 0 puts it on the last step
+    least:int=8      # passes at least, where a speed-up gives their number
+    warmup:int=1     # passes at the start
+    last:int=0       # passes at the end
+    name = 'quantiles'
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ('power', 'room'): check_number(name, getattr(self, name), 0)
+        check_number('least', self.least, 1, Integral)
+
+    def __call__(self,
+        n_steps:int,   # number of steps of the run
+        sigmas=None,   # [n_steps + 1] noise levels of the sampler, where it tells them
+    ):                 # ascending list of passes
+        "The passes of a run"
+        n_passes, start, end = self.budget(n_steps)
+        if self.n_passes is None and (self.speedup or SPEEDUP) > 1: n_passes = min(max(n_passes, self.least), n_steps)
+        first, stop = start - 1, n_steps - end
+        inner = n_passes - start - end + 1
+        reached = np.concatenate([[0], np.cumsum(density_of(sigmas, n_steps, self.power))])[first:stop]
+        wanted = (reached[-1] - reached[0])*np.arange(inner)/max(inner - 1 + self.room, 1e-9)
+        passes = [first + int(np.abs(reached - reached[0] - w).argmin()) for w in wanted]
+        for k in range(1, inner): passes[k] = max(passes[k], passes[k - 1] + 1)
+        for k in range(inner): passes[k] = min(passes[k], stop - inner + k)
+        return [*range(first), *passes, *range(stop, n_steps)]
 
 # %% ../nbs/04_schedule.ipynb #016ac286
 @dataclass(frozen=True, repr=False)
@@ -309,4 +350,4 @@ def check_passes(
     return passes
 
 # %% ../nbs/04_schedule.ipynb #f5a60f03
-SCHEDULES = dict(even=Even, noise=NoiseSpaced, power=PowerSpaced, growing=Growing)
+SCHEDULES = dict(quantiles=NoiseQuantiles, even=Even, noise=NoiseSpaced, power=PowerSpaced, growing=Growing)
