@@ -27,6 +27,7 @@ from .calibrated import BUDGETS, calibrated_bench, foretold_bench, transfer_benc
 from .cost import cost_jobs
 from .features import features_bench
 from .figures import save_figure
+from .hard import forms_jobs, hard_jobs
 from .forecast import FORECASTERS, Blend, Chebyshev, check_number, name_of
 from .peers import peers_bench
 from .plan import Plan, SpectrumConfig, config_for_passes, make_plan
@@ -313,11 +314,11 @@ def calibrate(
 # %% ../nbs/39_cli.ipynb #8360fbcf
 @call_parse
 def bench(
-    what:str='forecast',   # `forecast`: one forecast at FLUX's feature size; `cost`: at all sizes; `real_size`: the published architectures; on the tiny models `loop`: denoising loops; `quality`: against the rivals; `calibrated`, `foretold`, `transfer`: calibrated plans; `peers`: other caches; `ablations`; `features`: along runs
+    what:str='forecast',   # `forecast`: one forecast at FLUX's feature size; `cost`: at all sizes; `real_size`: the published architectures; on the tiny models `loop`: denoising loops; `quality`: against the rivals; `calibrated`, `foretold`, `transfer`: calibrated plans; `peers`: other caches; `ablations`; `hard`: published guidance, open prompts, short runs; `forms`: every schedule with every forecaster; `features`: along runs
     device:str='cpu',      # cpu or cuda
     prompts:int=None,      # held-out captions for the tables, a seed each; by default those of the saved tables
     rounds:int=7,          # rounds of `loop`, of which the median counts
-    models:str=None,       # of `real_size`, with commas between; by default all
+    models:str=None,       # of `real_size` and `hard`, with commas between; by default all
     limit:float=480.,      # seconds for a model of `real_size`
     out:str='bench.json',  # file of the table
 ):
@@ -329,22 +330,27 @@ def bench(
     if what == 'forecast': result = forecast_bench(device=device)
     elif what == 'loop': result = loops_bench(rounds, device) | where(f'rounds {rounds}', steps=50, rounds=rounds)
     elif what in TABLES or what in SIZED:
-        if what in SIZED: jobs, result = SIZED[what](device, models, limit), dict(tables={}) | where(f'device {device}', values='random')
+        if what in SIZED:
+            jobs = jobs_now = SIZED[what](device, models, limit)
+            result = dict(tables={}) | where(f'device {device}', values='random')
         else:
             steps, wanted, first, make = TABLES[what]
             prompts = prompts or wanted
-            jobs, result = make(prompts, device), dict(tables={}, prompts=prompts) | where(f'prompts {prompts}', steps=steps, prompts=f'{prompts} held-out captions, one batch', seeds=f'{first} to {first - 1 + prompts}', guidance={m: find_preset(m).call['guidance_scale'] for m in TINY})
+            jobs = make(prompts, device)
+            wanted = {m for m in (models or '').split(',') if m}
+            jobs_now = {key: job for key, job in jobs.items() if not wanted or wanted & {*key}}
+            result = dict(tables={}, prompts=prompts) | where(f'prompts {prompts}', steps=steps, prompts=f'{prompts} held-out captions, one batch', seeds=f'{first} to {first - 1 + prompts}', guidance={m: find_preset(m).call['guidance_scale'] for m in TINY})
         there = read_json(out) if Path(out).is_file() else {}
         if (there.get('unfinished') or what == 'real_size') and {**there.get('provenance', {}), 'date': ''} == {**result['provenance'], 'date': ''}: result = there      # interrupted before, or of other models
         result['unfinished'] = True
-        for key, one in jobs.items():
+        for key, one in jobs_now.items():
             *group, model = key
             table = result['tables'].setdefault(group[0], {}) if group else result['tables']
             if model in table: continue
             table[model] = one()
             print(f'\n{" ".join(key)}: {len(table[model])} rows' + (f'\n{as_text(table[model])}' if 'steps' in table[model][0] else ''))
             save_json(result, out)          # what is done is kept, should the rest be interrupted
-        del result['unfinished']
+        if len(jobs_now) == len(jobs): del result['unfinished']
     else: raise ValueError(f'nothing to measure called {what!r}; choose forecast, loop, {", ".join((*SIZED, *TABLES))}')
     if what in ('forecast', 'loop'): print(json.dumps(result, indent=1, ensure_ascii=False))
     print(save_json(result, out).resolve())
@@ -356,6 +362,8 @@ TABLES = dict(   # of the five tiny models: steps, prompts, first seed, and a fu
     transfer=('50', 32, 4000, lambda prompts, device: {(m,): partial(transfer_bench, m, prompts, device=device) for m in TINY}),
     peers=('50', 8, 5000, lambda prompts, device: {(m,): partial(peers_bench, m, prompts, device=device) for m in TINY}),
     ablations=('50, and 20, 28, 100', 16, 6000, lambda prompts, device: {(m,): partial(ablations_bench, m, prompts, device) for m in TINY}),
+    hard=('50, 28, 20 and 12', 32, 8000, hard_jobs),
+    forms=('50', 8, 8500, forms_jobs),
     features=('50', 4, 7000, lambda prompts, device: {(m,): partial(features_bench, m, prompts, device) for m in TINY}))
 
 SIZED = dict(cost=lambda device, models, limit: cost_jobs(device), real_size=real_size_jobs)      # of random numbers: functions of device, models and seconds

@@ -136,20 +136,27 @@ class Plan:
     def __post_init__(self):
         try: W = np.array(self.weights, dtype=np.float64)
         except OverflowError: raise ValueError('weights must be finite') from None
-        if W.ndim != 2 or W.shape[0] != W.shape[1] or len(W) == 0: raise ValueError(f'weights must be a square matrix [n, n], not of shape {W.shape}')
+        if W.ndim != 2 or W.shape[0] != W.shape[1] or len(W) == 0:
+            raise ValueError(f'weights must be a square matrix [n, n], not of shape {W.shape}')
         n, passes = len(W), check_passes(self.passes, len(W))
         C = np.zeros((n, n)) if self.checks is None else np.array(self.checks, dtype=np.float64)
         if C.shape != W.shape: raise ValueError(f'checks must have the shape {W.shape} of weights, not {C.shape}')
         S = np.zeros((n, n)) if self.slopes is None else np.array(self.slopes, dtype=np.float64)
         if S.shape != W.shape: raise ValueError(f'slopes must have the shape {W.shape} of weights, not {S.shape}')
-        if not all(np.isfinite(A).all() for A in (W, C, S)): raise ValueError('weights, checks and slopes must be finite')
-        if S.any() and self.damping is None: raise ValueError('slopes need a damping: a SteadyLine, which says how it is measured')
-        if not np.array_equal(W[passes], np.eye(n)[passes]): raise ValueError('rows of weights at the passes must be rows of the identity')
+        if not all(np.isfinite(A).all() for A in (W, C, S)):
+            raise ValueError('weights, checks and slopes must be finite')
+        if S.any() and self.damping is None:
+            raise ValueError('slopes need a damping: a SteadyLine, which says how it is measured')
+        if not np.array_equal(W[passes], np.eye(n)[passes]):
+            raise ValueError('rows of weights at the passes must be rows of the identity')
         earlier = np.tril(np.ones((n, n), bool), -1) & np.isin(np.arange(n), passes)
         if (W - np.diag(np.diag(W)))[~earlier].any() or np.delete(np.diag(W), passes).any() or C[~earlier].any() or S[~earlier].any():
             raise ValueError('a forecast may only use passes before it')
-        if not (W != 0).any(1).all(): raise ValueError(f'step {int(np.argmin((W != 0).any(1)))} is no pass and its row of weights is zero: it needs passes to be forecast from')
-        for name, value in (('passes', passes), ('weights', W), ('checks', C), ('slopes', S)): object.__setattr__(self, name, value)
+        if not (W != 0).any(1).all():
+            raise ValueError(f'step {int(np.argmin((W != 0).any(1)))} is no pass and its row of weights is zero: '
+                             'it needs passes to be forecast from')
+        for name, value in (('passes', passes), ('weights', W), ('checks', C), ('slopes', S)):
+            object.__setattr__(self, name, value)
         for A in (W, C, S): A.setflags(write=False)
 
     @property
@@ -177,8 +184,8 @@ class Plan:
     ):                # Plan
         "The plan of a run that ends early"
         check_number('n_steps', n_steps, 1, Integral, self.n_steps)
-        weights, checks, slopes = (A[:n_steps, :n_steps] for A in (self.weights, self.checks, self.slopes))
-        return Plan([p for p in self.passes if p < n_steps], weights, checks, self.name, slopes, self.damping)
+        passes, part = [p for p in self.passes if p < n_steps], np.s_[:n_steps, :n_steps]
+        return Plan(passes, self.weights[part], self.checks[part], self.name, self.slopes[part], self.damping)
 
     def plot(
         self,
@@ -188,13 +195,17 @@ class Plan:
         from spectrum_nb.figures import METHODS, in_style, new_figure
         if ax is None: ax = in_style(new_figure)(height=4.2)[1]
         top = max(1, np.abs(self.weights).max())
-        image = ax.imshow(np.where(self.weights == 0, np.nan, self.weights), cmap='RdBu_r', vmin=-top, vmax=top, interpolation='nearest')
+        used = np.where(self.weights == 0, np.nan, self.weights)
+        image = ax.imshow(used, cmap='RdBu_r', vmin=-top, vmax=top, interpolation='nearest')
         ax.plot(self.passes, np.full(len(self.passes), -1.6), '|', color=METHODS['full'], ms=6, mew=1.5, clip_on=False)
-        ax.set(xlabel='feature of pass k', ylabel='used in step i', title=f'{self.name}: {len(self.passes)} passes of {self.n_steps}', ylim=(self.n_steps - .5, -2.4))
+        ax.set(xlabel='feature of pass k', ylabel='used in step i', ylim=(self.n_steps - .5, -2.4),
+               title=f'{self.name}: {len(self.passes)} passes of {self.n_steps}')
         ax.figure.colorbar(image, ax=ax, label='weight', shrink=.8)
         return ax
 
-    def __repr__(self): return f'Plan({self.name!r}, {len(self.passes)} passes of {self.n_steps} steps: {" ".join(map(str, self.passes))})'
+    def __repr__(self):
+        places = ' '.join(map(str, self.passes))
+        return f'Plan({self.name!r}, {len(self.passes)} passes of {self.n_steps} steps: {places})'
 
 # %% ../nbs/05_plan.ipynb #288ef546
 def plan_from(
@@ -203,7 +214,7 @@ def plan_from(
     forecaster,      # called with (steps of the K passes so far, [R] steps, n_steps), returns weights [R, K]
     name:str='plan', # what to call it
 ):                   # Plan
-    "The plan of a forecaster: its weights at every step between passes, and at each pass that follows a forecast, to measure it there"
+    "The plan of a forecaster: weights at every step between passes, and at each pass after a forecast, to measure it"
     passes = check_passes(passes, n_steps)
     W, C, S = np.zeros((3, n_steps, n_steps))
     slopes = getattr(forecaster, 'slopes', None)

@@ -198,7 +198,7 @@ class Even(Budget):
 def noise_shares(
     sigmas,  # [n + 1] noise levels
 ):           # [n + 1] from 0 to 1
-    "The share of noise in the sample: levels beyond 1 are ratios of noise to signal (EDM's), whose share is σ/(1 + σ)"
+    "The share of noise in the sample: levels beyond 1 are EDM's noise to signal, whose share is σ/(1 + σ)"
     levels = np.asarray(sigmas, dtype=float)
     return levels/(1 + levels) if levels.max() > 1 + 1e-6 else levels
 
@@ -319,7 +319,8 @@ class Listed:
     ):                 # ascending list of passes
         "The passes of a run"
         if n_steps != self.n_steps:
-            raise ValueError(f'the list of {len(self.passes)} passes is for {self.n_steps} steps but the run has {n_steps}: '
+            raise ValueError(f'the list of {len(self.passes)} passes is for {self.n_steps} steps '
+                             f'but the run has {n_steps}: '
                              f'run {self.n_steps} steps, or choose another schedule, such as Even({len(self.passes)})')
         return [*self.passes]
 
