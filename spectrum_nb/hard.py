@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'LISTS', 'SPEEDUPS', 'PUBLISHED', 'LENGTHS', 'FORMS', 'SET_U
            'growing_for', 'hard_methods', 'draw', 'score', 'hard_cell', 'hard_jobs', 'forms_cell', 'forms_jobs',
            'early_cell', 'early_jobs']
 
-# %% ../nbs/33b_hard.ipynb #03d02bcf
+# %% ../nbs/33b_hard.ipynb #14b43a35
 import re
 from functools import partial
 from itertools import product
@@ -22,7 +22,7 @@ from .forecast import Blend, Chebyshev, DampedLine, Newton
 from .hook import apply_spectrum
 from .metrics import fidelity
 from .plan import SpectrumConfig, config_for_passes, make_plan, plan_from
-from .presets import TINY, call_defaults, held_captions, load_pipeline
+from .presets import TINY, call_defaults, find_preset, held_captions, load_pipeline
 from .rivals import Method, second_order
 from .schedule import Even, Growing, NoiseQuantiles, NoiseSpaced, PowerSpaced
 from .shapes import caption_agreement
@@ -148,8 +148,8 @@ def hard_cell(
             rows.append(dict(speedup=speedup, method=method.name) | known[key])
     return rows
 
-# %% ../nbs/33b_hard.ipynb #6a9eac9b
-PUBLISHED = {'tiny-flux': 3.5, 'tiny-sd3': 7., 'tiny-sdxl': 5., 'tiny-hunyuan': 6., 'tiny-wan': 5.}   # of the checkpoints they are twins of
+# %% ../nbs/33b_hard.ipynb #d93fd6ad
+PUBLISHED = {name: find_preset(name).published for name in TINY}      # guidance scales of the checkpoints they are twins of
 LENGTHS = 50, 28, 20, 12
 
 def hard_jobs(
