@@ -82,6 +82,7 @@ class Steadiness:
     ):
         self.trust, self.first, self.memory = trust, first, memory
         self.left, self.known, self.latest, self.ratios = None, [], [], {}
+        self.damping = first       # d: one number, or [rows] float64 on the CPU where images differ
 
     def see(self,
         step:int,      # step of this call
@@ -92,8 +93,9 @@ class Steadiness:
         kept=None,     # what a multistep sampler kept of the step before, and whether it is a clean prediction
     ):
         "Take note of a call; after a pass, of where the sampler went from there"
-        x = rows_of(sample)
-        if self.left and x is not None and self.left[0] == step - 1: self.measure(x, share, flow, kept)
+        due = self.left is not None and self.left[0] == step - 1
+        x = rows_of(sample) if due or is_pass else None                  # most forecast steps need no copy
+        if due and x is not None: self.measure(x, share, flow, kept)
         self.left = (step, x, share) if is_pass and x is not None else None
 
     def measure(self, after, share_after, flow, kept):
@@ -110,9 +112,9 @@ class Steadiness:
         alike = [r for r in self.latest if r.shape == ratio.shape]
         self.latest = [*alike, ratio][-self.memory:]
         self.ratios[step] = ratio.min().item()
+        self.damping = self.shares()
 
-    @property
-    def damping(self):
-        "d: [rows] float64 on the CPU, or one number while no ratio is known"
-        if not self.latest: return torch.tensor([self.first], dtype=torch.float64)
-        return (self.trust*torch.stack(self.latest).amin(0).nan_to_num(0.)).clamp(0, 1)
+    def shares(self):
+        "d of each row, one number where all are alike"
+        rows = (self.trust*torch.stack(self.latest).amin(0).nan_to_num(0.)).clamp(0, 1)
+        return rows[0].item() if bool((rows == rows[0]).all()) else rows

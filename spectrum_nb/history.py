@@ -87,10 +87,10 @@ class History:
     def damped(self,
         weights,  # [n] row of the plan's weights or checks
         slope,    # [n] the same row of its slopes
-        damping,  # [rows] d of each row of the denoiser's batch, or [1] for all
+        damping,  # d: one number for all rows of the denoiser's batch, or [rows]
     ):            # weights + d·slope, summed, or None if a pass that it needs is not here
         "The feature of a row whose share of the line was measured: one sum where all rows have the same, else two"
-        if bool((damping == damping[0]).all()): return self.forecast(weights + damping[0].item()*slope)
+        if isinstance(damping, float): return self.forecast(weights + damping*slope)
         reused, added = self.forecast(weights), self.forecast(slope)
         if reused is None or added is None: return None
         d = damping.to(reused.device, torch.promote_types(reused.dtype, torch.float32))

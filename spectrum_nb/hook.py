@@ -159,7 +159,6 @@ class Run:
                 flag = bool(flags)
         return flag
 
-    @torch.compiler.disable
     def see(self, i, sample, moment):
         "Watch the sample of step i, where the plan measures how far its lines may be followed"
         if self.steadiness is None: return
@@ -174,8 +173,9 @@ class Run:
         return None if not h or any(x is None for x in h) else h
 
     @torch.compiler.disable
-    def forecast(self, i):
+    def forecast(self, i, sample, moment):
         "The tensors of the feature of step i, or None if it must be computed; a forecast that cannot be used is noted"
+        self.see(i, sample, moment)
         if self.plan.is_pass[i - self.start] or i in self.forced: return None
         h = self.weigh(self.plan.weights, i)
         if not self.in_any(h is None or not all(map(is_finite, h))): return h
@@ -334,8 +334,7 @@ class SpectrumHook(ModelHook):
         signature = signature_of(sample)
         if run.signature not in (None, signature): self.begin_anew(run, i, i, 'the input changed its shape, dtype or device: new history'); run.kinds = None
         run.signature = signature
-        run.see(i, sample, moment)
-        if (h := run.forecast(i)) is not None: out = self.skip(run, h, module, args, kwargs)
+        if (h := run.forecast(i, sample, moment)) is not None: out = self.skip(run, h, module, args, kwargs)
         else:
             out, feature = self.compute(run, module, args, kwargs)
             if run.changed(feature): self.begin_anew(run, i, i, 'the feature changed its shape or dtype: new history')
