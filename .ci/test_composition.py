@@ -98,7 +98,7 @@ def test_the_default_follows_the_noise_levels(name):
     plain, before = sample(), traces(denoiser)
     with apply_spectrum(pipe) as run: fast = sample()
     plan = make_plan(SpectrumConfig(), N, levels_of(pipe.scheduler))
-    assert by_plan(run.stats, plan) and len(plan.passes) == 4 and plan.passes != make_plan(SpectrumConfig(), N).passes
+    assert by_plan(run.stats, plan) and len(plan.passes) == 8 and plan.passes != make_plan(SpectrumConfig(), N).passes
     assert 0 < relative(fast, plain) < .35 and traces(denoiser) == before and torch.equal(sample(), plain)
 
 

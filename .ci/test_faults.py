@@ -30,13 +30,13 @@ from spectrum_nb.anatomy import CountingBlock, ToyDenoiser
 from spectrum_nb.calibrate import Calibration
 from spectrum_nb.cli import COMMANDS, main
 from spectrum_nb.clock import PipelineClock
-from spectrum_nb.forecast import Blend, Chebyshev, DampedLine, Newton
+from spectrum_nb.forecast import Blend, Chebyshev, DampedLine, Newton, SteadyLine
 from spectrum_nb.history import History
 from spectrum_nb.hook import Run, RunStats, SpectrumHandle, SpectrumHook, apply_spectrum
 from spectrum_nb.plan import Plan, SpectrumConfig, make_plan, reuse_plan
 from spectrum_nb.presets import load_pipeline
 from spectrum_nb.runs import read_prompts
-from spectrum_nb.schedule import SCHEDULES, Listed
+from spectrum_nb.schedule import SCHEDULES, Listed, NoiseQuantiles
 from spectrum_nb.tiny import fit, save_pipeline
 
 common = dict(deadline=None, suppress_health_check=list(HealthCheck))
@@ -80,7 +80,29 @@ class Toy(ToyDenoiser, CacheMixin):
     def site(self, name): return self.blocks[int(name[-1])] if name.startswith('block') else getattr(self, name)
 
 SITES = ('embed', 'block0', 'block1', 'block2', 'norm_out', 'proj_out')
+ACCURACY = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 1e-5}                                                      # of the share of a line
 EPS = {torch.float32: (2**-23, 2e-6), torch.float64: (2**-52, 1e-14), torch.bfloat16: (2**-8, 3e-5)}     # of the type; of the weighted sum
+
+def ratios_of(seen):
+    """{pass: ([rows] ρ, how far off a float32 ρ may be, in units of the last place)} of the calls of a run, from the formulas
+    of the page damping: the velocity at a pass is what the sample moves to the next call, where a step is the unit of time"""
+    velocity = {}
+    for (i, x, is_pass), (j, y, _) in zip(seen, seen[1:]):
+        if is_pass and j == i + 1 and x.ndim > 1: velocity[i] = (y - x).reshape(len(x), -1)
+    out, steps = {}, sorted(velocity)
+    for a, b, c in zip(steps, steps[1:], steps[2:]):
+        promised, came = (c - b)/(b - a)*(velocity[b] - velocity[a]), velocity[c] - velocity[b]
+        size = (promised**2).sum(1)
+        size[size == 0] = np.inf                   # where nothing was promised nothing came true
+        out[c] = (promised*came).sum(1)/size, abs(promised*came).sum(1)/size
+    return out
+
+def share_of(ratios, line):
+    "([rows] share of the line that the next forecast follows, how far off it may be in the same units)"
+    if not ratios: return np.array([float(line.first)]), np.zeros(1)
+    latest = [ratios[p] for p in sorted(ratios)[-line.memory:]]
+    smallest, off = np.min([rho for rho, _ in latest], 0), np.max([o for _, o in latest], 0)
+    return np.clip(np.nan_to_num(line.trust*np.nan_to_num(smallest)), 0, 1), np.nan_to_num(line.trust*off)
 
 class Oracle:
     "What must come out, call by call: (output, how far off it may be, whether the blocks ran), or `Bang`"
@@ -91,15 +113,23 @@ class Oracle:
         left = self.n - start
         if not isinstance(self.config, Plan): plan = make_plan(self.config, self.first if self.first and not start else left)
         else: plan = self.config if not start and not run['why'] else reuse_plan(range(left), left)
-        W, C = plan.weights[:left, :left], plan.checks[:left, :left]
-        uses = lambda k: [j for j in range(k + 1, left) if W[j, k] or C[j, k]]
+        W, C, S = plan.weights[:left, :left], plan.checks[:left, :left], plan.slopes[:left, :left]
+        uses = lambda k: [j for j in range(k + 1, left) if W[j, k] or C[j, k] or S[j, k]]
         last = [max(uses(k), default=-1) for k in range(left)]
-        run |= dict(start=start, W=W, C=C, passes_planned={p for p in plan.passes if p < left}, h={}, last=last, capacity=max(sum(last[k] > i for k in range(i + 1)) for i in range(left)))
-    def weigh(self, run, row):
+        run |= dict(start=start, W=W, C=C, S=S, line=plan.damping, seen=[], passes_planned={p for p in plan.passes if p < left}, h={}, last=last, capacity=max(sum(last[k] > i for k in range(i + 1)) for i in range(left)))
+    def weigh(self, run, row, slope, kept):
+        "(feature, size of what is summed, how much farther it may be off where the share of a line is measured), or None"
         used = np.flatnonzero(row)
         if not len(used) or not all(k in run['h'] for k in used): return None
-        return sum(row[k]*run['h'][k] for k in used), sum(abs(row[k]*run['h'][k]) for k in used)
-    def call(self, context, x, dtype, t, bang=None):
+        h, size = sum(row[k]*run['h'][k] for k in used), sum(abs(row[k]*run['h'][k]) for k in used)
+        if run['line'] is None or not slope.any(): return h, size, 0*size
+        used = np.flatnonzero(slope)
+        if not all(k in run['h'] for k in used): return None
+        d, off = share_of(ratios_of(run['seen']), run['line'])
+        d, off = (np.reshape(v, (-1, *[1]*(h.ndim - 1))) if h.ndim else v[0] for v in (d, np.minimum(off*ACCURACY[kept], 1)))
+        added, added_size = sum(slope[k]*run['h'][k] for k in used), sum(abs(slope[k]*run['h'][k]) for k in used)
+        return h + d*added, size + added_size, off*abs(added) + EPS[kept][0]*(abs(h) + abs(added))
+    def call(self, context, x, dtype, t, bang=None, sample=None):
         run = self.runs.get(context)
         if run is None or run['i'] == self.n:
             run = self.runs[context] = dict(i=0, kind=None, passes=[], why={}, errors={}, forced=set(), nbytes=0)
@@ -109,12 +139,13 @@ class Oracle:
         run['kind'] = kind
         at, kept = i - run['start'], torch.float32 if self.wide and dtype == torch.float64 else dtype
         (eps, acc), factor = EPS[kept], 1 if self.output else 2
+        run['seen'].append((i, x if sample is None else sample, at in run['passes_planned']))
         forecast, skips = None, at not in run['passes_planned'] and i not in run['forced']
         if skips:
-            forecast = self.weigh(run, run['W'][at])
+            forecast = self.weigh(run, run['W'][at], run['S'][at], kept)
             if forecast is None: run['why'][i] = 'missing'
         if bang and (forecast is None or (not self.output and not bang.startswith('block'))): raise Bang
-        if forecast is not None: out, slack = factor*forecast[0], factor*(eps*abs(forecast[0]) + acc*forecast[1])
+        if forecast is not None: out, slack = factor*forecast[0], factor*(eps*abs(forecast[0]) + acc*forecast[1] + forecast[2])
         else:
             truth = (x + 3*t)*(2 if self.output else 1)
             out, slack = factor*truth, 0
@@ -123,11 +154,11 @@ class Oracle:
                 run['why'][i] = 'not finite'
                 if i + 1 < self.n: self.begin(run, i + 1)
             else:
-                check = self.weigh(run, run['C'][at]) if self.measure else None
+                check = self.weigh(run, run['C'][at], run['S'][at], kept) if self.measure and run['C'][at].any() else None
                 if check:
                     size = np.linalg.norm(truth)
                     if size == 0: reject()
-                    e, off = np.linalg.norm(check[0] - truth)/size, (acc*np.linalg.norm(check[1]) + 2*eps*(np.linalg.norm(check[0]) + size))/size
+                    e, off = np.linalg.norm(check[0] - truth)/size, (acc*np.linalg.norm(check[1]) + np.linalg.norm(check[2]) + 2*eps*(np.linalg.norm(check[0]) + size))/size
                     run['errors'][i], limit = (e, off + 1e-5*e), getattr(self.config, 'tolerance', None)
                     if limit is not None and abs(e - limit) <= off + 1e-5*e: reject()      # either answer would be right
                     if limit is not None and e > limit and i + 1 < self.n and at + 1 not in run['passes_planned']: run['forced'].add(i + 1); run['why'][i + 1] = 'tolerance'
@@ -135,26 +166,35 @@ class Oracle:
                     run['h'][at] = truth
                     if run['last'][at] > at: run['nbytes'] = max(run['nbytes'], run['capacity']*truth.size*kept.itemsize)
         run['i'] += 1
-        if run['i'] == self.n: self.stats.append((context, self.n, run['passes'], run['why'], run['errors'], run['nbytes']))
+        if run['i'] == self.n: self.stats.append((context, self.n, run['passes'], run['why'], run['errors'], run['nbytes'], ratios_of(run['seen']) if run['line'] else {}))
         return out, slack, forecast is None
 
 WHY = dict(input='the input changed', missing='a pass that', tolerance='the error measured')
 WHY['not finite'] = 'the feature is not finite'
 def same_stats(got, want):
     assert len(got) == len(want)
-    for s, (context, n, passes, why, errors, nbytes) in zip(got, want):
+    for s, (context, n, passes, why, errors, nbytes, ratios) in zip(got, want):
         assert (s.context, s.n_steps, s.passes, s.nbytes) == (context, n, passes, nbytes)
         assert s.fallbacks.keys() == why.keys() and all(s.fallbacks[i].startswith(WHY[w]) for i, w in why.items()), (s.fallbacks, why)
         assert s.errors.keys() == errors.keys() and all(abs(s.errors[i] - e) <= off for i, (e, off) in errors.items()), (s.errors, errors)
+        assert s.ratios.keys() == ratios.keys(), (s.ratios, ratios)
+        assert all(np.isclose(s.ratios[p], np.min(rho), rtol=1e-5, atol=1e-5*np.nan_to_num(off.max()), equal_nan=True) for p, (rho, off) in ratios.items()), (s.ratios, ratios)
 
 def state_of(module):
     "All that removal must leave as it was: dictionaries with their order and identities, hooks; not what this test itself writes"
     own = lambda m: {k: id(v) for k, v in vars(m).items() if k not in ('runs', 'fuse', 'calls')}
     return [(list(own(m).items()), [(k, id(v)) for k, v in m._modules.items()], len(m._forward_hooks), len(m._forward_pre_hooks)) for m in module.modules()]
 
-configs = st.builds(lambda degree, lam, blend, window, alpha, warmup, keep, tolerance: (degree, lam, blend, window, alpha, warmup, keep, tolerance),
+paper_configs = st.builds(lambda degree, lam, blend, window, alpha, warmup, keep, tolerance: (degree, lam, blend, window, alpha, warmup, keep, tolerance),
     st.integers(0, 6), st.sampled_from([0, 0., .01, .1, 10.]), st.sampled_from([0, .3, .5, 1]), st.floats(1, 6), st.floats(0, 4), st.integers(1, 8), st.none() | st.integers(1, 8), st.none() | st.floats(0, 3))
+steady_configs = st.tuples(
+    st.builds(NoiseQuantiles, speedup=st.none() | st.floats(1, 6), power=st.floats(0, 2), room=st.floats(0, 2), least=st.integers(1, 8)),
+    st.builds(SteadyLine, st.sampled_from([0, .5, 1., 2., 5.]), st.sampled_from([0., .5, 1.]), st.integers(1, 4)),
+    st.none() | st.integers(1, 8),
+    st.none() | st.floats(0, 3))
+configs = paper_configs | steady_configs | st.just((*(getattr(SpectrumConfig(), f.name) for f in fields(SpectrumConfig)),))
 def config_of(c):
+    if isinstance(c[0], NoiseQuantiles): return SpectrumConfig(*c)
     settings = dict(zip(('degree', 'lam', 'blend', 'window', 'alpha', 'warmup', 'keep', 'tolerance'), c))
     try: return SpectrumConfig.paper(**settings)
     except ValueError: return SpectrumConfig.paper(**settings | dict(lam=.1))
@@ -215,6 +255,27 @@ def test_programs_of_calls_and_faults_do_what_the_model_says(config, n, kind, pr
     handle.remove(); handle.remove()
     assert state_of(toy) == untouched
     assert torch.equal(toy(torch.ones(2), 1.), torch.full((2,), 8.))
+
+
+@pytest.mark.parametrize('size', [1, 3])
+@pytest.mark.parametrize('dtype', EPS)
+def test_guidance_in_one_batch_follows_the_line_as_far_for_both_halves_of_an_image(dtype, size):
+    class Guided(Toy):
+        def forward(self, hidden_states, timestep, condition): return super().forward(hidden_states + condition, timestep)
+    n, rng = 40, np.random.default_rng(size)
+    toy, oracle, line, shares = Guided(), Oracle(SpectrumConfig(n_passes=12), n), SteadyLine(), []
+    moves = rng.integers(-3, 4, (n, size, 4)).cumsum(0)/4                      # of velocities that go on for a while, exact in every type
+    samples = np.concatenate([moves, moves], axis=1)                          # an image twice: without its prompt and with it
+    with apply_spectrum(toy, n_passes=12, n_steps=n) as run:
+        for i, x in enumerate(samples):
+            condition = rng.integers(-8, 9, x.shape)/4
+            got = toy(torch.tensor(x, dtype=dtype), 1., torch.tensor(condition, dtype=dtype))
+            want, slack, ran = oracle.call('', x + condition, dtype, 1., sample=x)
+            assert (abs(got.double().numpy() - want) <= slack).all(), (i, got, want, slack)
+            shares.append(np.broadcast_to(share_of(ratios_of(oracle.runs['']['seen']), line)[0], 2*size))
+    same_stats(run.stats, oracle.stats)
+    assert len(run.stats[0].passes) == 12 and np.ptp(shares) > .5            # that is, reuse and line were both met
+    assert all(np.array_equal(d[:size], d[size:]) for d in shares)
 
 
 def test_a_feature_that_changes_its_shape_at_two_passes_in_a_row_begins_two_histories():
@@ -827,7 +888,7 @@ def some_of(*kinds):
     return st.one_of(*[st.tuples(st.just(kind), settings(kind)) for kind in kinds], junk)
 
 @examples(300, 3000)
-@given(some_of(*SCHEDULES.values(), Listed), some_of(Chebyshev, Newton, DampedLine, Blend), st.none() | junk, st.none() | junk,
+@given(some_of(*SCHEDULES.values(), Listed), some_of(Chebyshev, Newton, DampedLine, Blend, SteadyLine), st.none() | junk, st.none() | junk,
        st.integers(-1, 30))
 def test_a_config_is_refused_or_planned(schedule, forecaster, keep, tolerance, n):
     def made(part): return part[0](**part[1]) if isinstance(part, tuple) else part

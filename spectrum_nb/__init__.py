@@ -5,20 +5,21 @@ __version__ = "0.1.0"
 
 # %% auto #0
 __all__ = ['Anatomy', 'Blend', 'Calibration', 'Chebyshev', 'DampedLine', 'Even', 'FORECASTERS', 'Growing', 'Listed', 'Newton',
-           'NoiseSpaced', 'Plan', 'PowerSpaced', 'SCHEDULES', 'SpectrumConfig', 'apply_spectrum', 'call_defaults',
-           'config_for_passes', 'load_pipeline', 'make_plan', 'record', 'reuse_plan', 'shipped_calibration',
-           'taylor_plan', 'try_plans']
+           'NoiseQuantiles', 'NoiseSpaced', 'Plan', 'PowerSpaced', 'SCHEDULES', 'SpectrumConfig', 'SteadyLine',
+           'apply_spectrum', 'call_defaults', 'config_for_passes', 'load_pipeline', 'make_plan', 'record', 'reuse_plan',
+           'shipped_calibration', 'taylor_plan', 'try_plans']
 
 # %% ../nbs/index.ipynb #65c80ce4
 from .anatomy import Anatomy
 from .calibrate import Calibration, record, shipped_calibration, try_plans
-from .forecast import FORECASTERS, Blend, Chebyshev, DampedLine, Newton
+from .forecast import FORECASTERS, Blend, Chebyshev, DampedLine, Newton, SteadyLine
 from .hook import apply_spectrum
 from .plan import Plan, SpectrumConfig, config_for_passes, make_plan, reuse_plan, taylor_plan
 from .presets import call_defaults, load_pipeline
-from .schedule import SCHEDULES, Even, Growing, Listed, NoiseSpaced, PowerSpaced
+from .schedule import SCHEDULES, Even, Growing, Listed, NoiseQuantiles, NoiseSpaced, PowerSpaced
 
 _all_ = ['Anatomy', 'Blend', 'Calibration', 'Chebyshev', 'DampedLine', 'Even', 'FORECASTERS', 'Growing', 'Listed',
-         'Newton', 'NoiseSpaced', 'Plan', 'PowerSpaced', 'SCHEDULES', 'SpectrumConfig', 'apply_spectrum',
+         'Newton', 'NoiseQuantiles', 'NoiseSpaced', 'Plan', 'PowerSpaced', 'SCHEDULES', 'SpectrumConfig',
+         'SteadyLine', 'apply_spectrum',
          'call_defaults', 'config_for_passes', 'load_pipeline', 'make_plan', 'record', 'reuse_plan',
          'shipped_calibration', 'taylor_plan', 'try_plans']

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from .anatomy import find_anatomy, head_hook
 from .chebyshev import rescaled_time
 from .clock import levels_of
-from .forecast import newton_weights, ridge_weights
+from .forecast import Blend, newton_weights, ridge_weights
 from .hook import apply_spectrum, find_denoisers, passes_of
 from .metrics import fidelity, quality
 from .plan import SpectrumConfig, make_plan, plan_from
@@ -31,7 +31,7 @@ BASES = {
     'paper 14': SpectrumConfig.paper(alpha=.75),
     'paper 10': SpectrumConfig.paper(alpha=3),
     'paper 10, w = 1': SpectrumConfig.paper(alpha=3, blend=1),
-    'default 10': SpectrumConfig(n_passes=10)}
+    'noise 10': SpectrumConfig(NoiseSpaced(10), Blend(.15))}
 
 def with_settings(
     config,     # SpectrumConfig whose forecaster is a Blend with a Chebyshev part

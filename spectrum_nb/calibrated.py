@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from .anatomy import find_anatomy
 from .calibrate import record, relative_distance, shipped_calibration, try_plans
-from .forecast import FORECASTERS
+from .forecast import FORECASTERS, Blend
 from .hook import apply_spectrum, find_denoisers
 from .metrics import quality
 from .plan import SpectrumConfig, config_for_passes, make_plan, plan_from, taylor_plan
@@ -33,10 +33,11 @@ def even_plans(
     n_passes:int, # passes
     n_steps:int,  # steps
 ):                # {name: SpectrumConfig}
-    "What needs no calibration: straight lines over equal gaps, and over gaps of equal Σ|Δσ|^½, and the default, which adds a little of the Chebyshev forecast to those"
+    "Without calibration: lines over equal gaps and over gaps of equal Σ|Δσ|^½; the noise rule, with a little Chebyshev"
     line = FORECASTERS['line']
-    lines = {f'{s.name}, line': config_for_passes(n_passes, n_steps, s, forecaster=line) for s in (Even(), NoiseSpaced())}
-    return lines | dict(default=config_for_passes(n_passes, n_steps))
+    schedules = Even(), NoiseSpaced()
+    lines = {f'{s.name}, line': config_for_passes(n_passes, n_steps, s, forecaster=line) for s in schedules}
+    return lines | {'noise rule': config_for_passes(n_passes, n_steps, NoiseSpaced(), forecaster=Blend(.15))}
 
 def all_plans(
     calibration,  # Calibration

@@ -62,14 +62,14 @@ def config_of(
     steps,
     speedup:float=None,      # steps ÷ passes, at least; by default 3.5
     passes:int=None,         # or the number of passes
-    schedule:str=None,       # noise, which is the default, even, power or growing; paper is another word for growing
+    schedule:str=None,       # quantiles, which is the default, even, noise, power or growing, also called paper
     alpha:float=None,        # growth of the growing gaps; 0.75 (authors: flex_window)
     window:float=None,       # the first of the growing gaps; 2 (authors: window_size)
     warmup:int=None,         # passes at the start; 1, of power 3, of growing 5 (authors: warmup_steps)
-    forecaster:str=None,     # reuse, line, parabola, cubic, damped, chebyshev or blend; by default blend
-    degree:int=None,         # highest Chebyshev degree; 4 (authors: m)
-    lam:float=None,          # ridge strength; 0.1 (authors: lam)
-    blend:float=None,        # share of the Chebyshev forecast, the rest a line; 0.15, of growing 0.5 (authors: w)
+    forecaster:str=None,     # steady, reuse, line, parabola, cubic, damped, chebyshev or blend; by default steady, of growing blend
+    degree:int=None,         # highest Chebyshev degree of blend and chebyshev; 4 (authors: m)
+    lam:float=None,          # ridge strength of the same; 0.1 (authors: lam)
+    blend:float=None,        # share of the Chebyshev forecast in blend, the rest a line; 0.15, of growing 0.5 (authors: w)
 ):
     "The `SpectrumConfig` of the options that are given; alpha and window ask for growing gaps"
     check_counts(passes=passes)
@@ -140,10 +140,10 @@ def demo(
     steps:int=50,            # steps of the full run
     blend:float=.5,          # share of the Chebyshev forecast, 1 being the paper's
     plan:str='',             # calibration whose plans stand beside the paper's schedule: a file; by default the one that ships for so many steps, if there is one
-    passes:int=None,         # of the calibrated plan and of the default schedule; by default as many as the paper's schedules
+    passes:int=None,         # of the calibrated plan and of the default; by default as many as the paper's schedules
     out:str='spectrum_demo', # folder for the picture and the table
 ):
-    "Full run, calibrated plans, the default schedule, the paper's at α = 0.75 and α = 3, and plainly fewer steps: same prompts, same seeds, side by side"
+    "Full run, calibrated plans, the default, the paper's at α = 0.75 and α = 3, and plainly fewer steps: same prompts, same seeds, side by side"
     check_counts(prompts=prompts, seeds=seeds, steps=steps, passes=passes)
     if not is_ours(model):
         raise ValueError(f'the demo draws captions of the tiny models\' world; choose one of {", ".join(TINY)} or the folder of one that you trained; draw your own prompts with sample or run')

@@ -18,6 +18,7 @@ from .hook import apply_spectrum
 from .metrics import still
 from .plan import Plan, SpectrumConfig, make_plan
 from .presets import call_defaults, held_captions, load_pipeline
+from .schedule import NoiseSpaced
 
 # %% ../nbs/34_features.ipynb #b825a386
 def run_features(
@@ -104,7 +105,10 @@ def plan_errors(
     return (dot(forecast, h)/dot(forecast, forecast))[..., None, None]*forecast - h
 
 # %% ../nbs/34_features.ipynb #f4609347
-PLANS = {'default 10': BASES['default 10'], 'lines 10': SpectrumConfig(forecaster=FORECASTERS['line'], n_passes=10), 'paper 10': BASES['paper 10']}
+PLANS = {
+    'noise 10': BASES['noise 10'],
+    'lines 10': SpectrumConfig(NoiseSpaced(10), FORECASTERS['line']),
+    'paper 10': BASES['paper 10']}
 SPANS = (1, 2, 3, 4, 6, 8)                                 # steps over which bends are measured
 SHARES = tuple(np.round(np.linspace(0, 1, 21), 2).tolist())  # of the channels, for the curve of their share of the error
 

@@ -31,13 +31,13 @@ def strip_methods(
     calibration,          # its Calibration
     budgets=(14, 10, 8),  # numbers of passes
 ):                        # list of Method; the first is the full run
-    "The full run; for each budget the default, the calibrated plan and as many plain steps, of two samplers if the model's own is of first order; the paper's schedule for the budgets it has"
+    "The full run; for each budget the noise rule, the calibrated plan and as many plain steps, of two samplers if the model's own is of first order; the paper's schedule for the budgets it has"
     n, own, second = calibration.n_steps, pipe.scheduler, second_order(pipe.scheduler)
     methods = [Method('full run', n, None, own)]
     for k in budgets:
         plans = all_plans(calibration, k)
         if k >= 10: methods.append(Method('paper', n, plans['paper, w = 0.5'], own))
-        methods += [Method(name, n, plans[name], own) for name in ('default', 'calibrated')]
+        methods += [Method(name, n, plans[name], own) for name in ('noise rule', 'calibrated')]
         methods += [Method('fewer steps', k, None, own), *([Method('UniPC steps', k, None, second)] if second is not own else [])]
     return methods
 
@@ -56,7 +56,7 @@ def draw_strips(
     return [r | dict(psnr=finite_mean(fidelity(a, b)['psnr'] for a, b in zip(r['samples'], full))) for r in results], captions
 
 # %% ../nbs/35_images.ipynb #a605614e
-COLOURS = {'full run': 'full', 'paper': 'blend', 'default': 'chebyshev', 'calibrated': 'chebyshev', 'fewer steps': 'steps', 'UniPC steps': 'steps'}
+COLOURS = {'full run': 'full', 'paper': 'blend', 'noise rule': 'chebyshev', 'calibrated': 'chebyshev', 'fewer steps': 'steps', 'UniPC steps': 'steps'}
 
 @in_style
 def strip_figure(

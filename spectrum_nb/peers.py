@@ -25,11 +25,13 @@ from tqdm.auto import tqdm
 
 from .bench import step_seconds
 from .calibrate import shipped_calibration
+from .forecast import Blend
 from .hook import apply_spectrum, find_denoisers
 from .metrics import quality
 from .plan import SpectrumConfig
 from .presets import call_defaults, first_line, held_captions, load_pipeline, seen_captions
 from .rivals import second_order
+from .schedule import NoiseSpaced
 
 # %% ../nbs/32_peers.ipynb #d8f7dbca
 class FlopMode(TorchDispatchMode):
@@ -146,7 +148,8 @@ def all_peers(
     calibration, second = calibration or shipped_calibration(model, n_steps), second_order(pipe.scheduler)
     peers = [Peer('Spectrum, paper', f'α = {a:g}', n_steps, partial(apply_spectrum, config=SpectrumConfig.paper(alpha=a))) for a in (.75, 3)]
     for k in budgets:
-        peers += [Peer('Spectrum, default', f'{k} passes', n_steps, partial(apply_spectrum, config=SpectrumConfig(n_passes=k))),
+        rule = SpectrumConfig(NoiseSpaced(k), Blend(.15))
+        peers += [Peer('Spectrum, noise rule', f'{k} passes', n_steps, partial(apply_spectrum, config=rule)),
                   Peer('Spectrum, calibrated', f'{k} passes', n_steps, partial(apply_spectrum, config=calibration.plan(k))), Peer('fewer steps', f'{k} steps', k)]
         if second is not pipe.scheduler: peers.append(Peer('UniPC steps', f'{k} steps', k, scheduler=second))
     def add(family, settings, config): peers.append(Peer(family, settings, n_steps, partial(cached, config=config)))
