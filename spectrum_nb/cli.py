@@ -27,7 +27,7 @@ from .calibrated import BUDGETS, calibrated_bench, foretold_bench, transfer_benc
 from .cost import cost_jobs
 from .features import features_bench
 from .figures import save_figure
-from .hard import early_jobs, forms_jobs, hard_jobs
+from .hard import early_jobs, few_jobs, forms_jobs, hard_jobs
 from .forecast import FORECASTERS, Blend, Chebyshev, check_number, name_of
 from .peers import peers_bench
 from .plan import Plan, SpectrumConfig, config_for_passes, make_plan
@@ -314,7 +314,7 @@ def calibrate(
 # %% ../nbs/39_cli.ipynb #8360fbcf
 @call_parse
 def bench(
-    what:str='forecast',   # `forecast`: one forecast at FLUX's feature size; `cost`: at all sizes; `real_size`: the published architectures; on the tiny models `loop`: denoising loops; `quality`: against the rivals; `calibrated`, `foretold`, `transfer`: calibrated plans; `peers`: other caches; `ablations`; `hard`: published guidance, open prompts, short runs; `forms`: every schedule with every forecaster; `early`: passes early or late; `features`: along runs
+    what:str='forecast',   # `forecast`: one forecast at FLUX's feature size; `cost`: at all sizes; `real_size`: the published architectures; on the tiny models `loop`: denoising loops; `quality`: against the rivals; `calibrated`, `foretold`, `transfer`: calibrated plans; `peers`: other caches; `ablations`; `hard`: published guidance, open prompts, short runs; `forms`: every schedule with every forecaster; `early`: passes early or late; `few`: small budgets; `features`: along runs
     device:str='cpu',      # cpu or cuda
     prompts:int=None,      # held-out captions for the tables, a seed each; by default those of the saved tables
     rounds:int=7,          # rounds of `loop`, of which the median counts
@@ -365,6 +365,7 @@ TABLES = dict(   # of the five tiny models: steps, prompts, first seed, and a fu
     hard=('50, 28, 20 and 12', 32, 8000, hard_jobs),
     forms=('50', 8, 8500, forms_jobs),
     early=('50', 16, 8700, early_jobs),
+    few=('20 and 28', 16, 8900, few_jobs),
     features=('50', 4, 7000, lambda prompts, device: {(m,): partial(features_bench, m, prompts, device) for m in TINY}))
 
 SIZED = dict(cost=lambda device, models, limit: cost_jobs(device), real_size=real_size_jobs)      # of random numbers: functions of device, models and seconds

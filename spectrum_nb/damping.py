@@ -27,7 +27,7 @@ def velocity_between(
 ):                        # [rows, F]
     "dx/dσ of the step between two samples"
     (x, sigma), (y, sigma_after) = unscaled(before, share, flow), unscaled(after, share_after, flow)
-    return (y - x)/min(sigma_after - sigma, -1e-9, key=abs) if sigma_after == sigma else (y - x)/(sigma_after - sigma)
+    return (y - x)/((sigma_after - sigma) or -1e-9)
 
 # %% ../nbs/06b_damping.ipynb #a067f252
 def velocity_of_kept(
