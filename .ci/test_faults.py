@@ -264,8 +264,10 @@ def test_guidance_in_one_batch_follows_the_line_as_far_for_both_halves_of_an_ima
         def forward(self, hidden_states, timestep, condition): return super().forward(hidden_states + condition, timestep)
     n, rng = 40, np.random.default_rng(size)
     toy, oracle, line, shares = Guided(), Oracle(SpectrumConfig(n_passes=12), n), SteadyLine(), []
-    moves = rng.integers(-3, 4, (n, size, 4)).cumsum(0)/4                      # of velocities that go on for a while, exact in every type
-    samples = np.concatenate([moves, moves], axis=1)                          # an image twice: without its prompt and with it
+    steady, unsteady = np.arange(n//2)[:, None, None]//2, rng.integers(-3, 4, (n//2, size, 4))
+    velocities = np.concatenate([np.broadcast_to(steady, unsteady.shape), unsteady])
+    images = velocities.cumsum(0)/4                                           # exact in every type
+    samples = np.concatenate([images, images], axis=1)                        # an image twice: without its prompt and with it
     with apply_spectrum(toy, n_passes=12, n_steps=n) as run:
         for i, x in enumerate(samples):
             condition = rng.integers(-8, 9, x.shape)/4
