@@ -33,7 +33,7 @@ from spectrum_nb.clock import PipelineClock
 from spectrum_nb.forecast import Blend, Chebyshev, DampedLine, Newton, SteadyLine
 from spectrum_nb.history import History
 from spectrum_nb.hook import Run, RunStats, SpectrumHandle, SpectrumHook, apply_spectrum
-from spectrum_nb.plan import Plan, SpectrumConfig, make_plan, reuse_plan
+from spectrum_nb.plan import Plan, SpectrumConfig, make_plan
 from spectrum_nb.presets import load_pipeline
 from spectrum_nb.runs import read_prompts
 from spectrum_nb.schedule import SCHEDULES, Listed, NoiseQuantiles
@@ -112,7 +112,7 @@ class Oracle:
     def begin(self, run, start):
         left = self.n - start
         if not isinstance(self.config, Plan): plan = make_plan(self.config, self.first if self.first and not start else left)
-        else: plan = self.config if not start and not run['why'] else reuse_plan(range(left), left)
+        else: plan = self.config if not start and not run['why'] else make_plan(SpectrumConfig(speedup=1), left)
         W, C, S = plan.weights[:left, :left], plan.checks[:left, :left], plan.slopes[:left, :left]
         uses = lambda k: [j for j in range(k + 1, left) if W[j, k] or C[j, k] or S[j, k]]
         last = [max(uses(k), default=-1) for k in range(left)]
