@@ -33,7 +33,7 @@ from spectrum_nb.clock import PipelineClock
 from spectrum_nb.forecast import Blend, Chebyshev, DampedLine, Newton, SteadyLine
 from spectrum_nb.history import History
 from spectrum_nb.hook import Run, RunStats, SpectrumHandle, SpectrumHook, apply_spectrum
-from spectrum_nb.plan import Plan, SpectrumConfig, make_plan, reuse_plan
+from spectrum_nb.plan import Plan, SpectrumConfig, make_plan
 from spectrum_nb.presets import load_pipeline
 from spectrum_nb.runs import read_prompts
 from spectrum_nb.schedule import SCHEDULES, Listed, NoiseQuantiles
@@ -112,7 +112,7 @@ class Oracle:
     def begin(self, run, start):
         left = self.n - start
         if not isinstance(self.config, Plan): plan = make_plan(self.config, self.first if self.first and not start else left)
-        else: plan = self.config if not start and not run['why'] else reuse_plan(range(left), left)
+        else: plan = self.config if not start and not run['why'] else make_plan(SpectrumConfig(speedup=1), left)
         W, C, S = plan.weights[:left, :left], plan.checks[:left, :left], plan.slopes[:left, :left]
         uses = lambda k: [j for j in range(k + 1, left) if W[j, k] or C[j, k] or S[j, k]]
         last = [max(uses(k), default=-1) for k in range(left)]
@@ -264,8 +264,10 @@ def test_guidance_in_one_batch_follows_the_line_as_far_for_both_halves_of_an_ima
         def forward(self, hidden_states, timestep, condition): return super().forward(hidden_states + condition, timestep)
     n, rng = 40, np.random.default_rng(size)
     toy, oracle, line, shares = Guided(), Oracle(SpectrumConfig(n_passes=12), n), SteadyLine(), []
-    moves = rng.integers(-3, 4, (n, size, 4)).cumsum(0)/4                      # of velocities that go on for a while, exact in every type
-    samples = np.concatenate([moves, moves], axis=1)                          # an image twice: without its prompt and with it
+    steady, unsteady = np.arange(n//2)[:, None, None]//2, rng.integers(-3, 4, (n//2, size, 4))
+    velocities = np.concatenate([np.broadcast_to(steady, unsteady.shape), unsteady])
+    images = velocities.cumsum(0)/4                                           # exact in every type
+    samples = np.concatenate([images, images], axis=1)                        # an image twice: without its prompt and with it
     with apply_spectrum(toy, n_passes=12, n_steps=n) as run:
         for i, x in enumerate(samples):
             condition = rng.integers(-8, 9, x.shape)/4

@@ -105,7 +105,7 @@ def forecaster_of(
     if blend is not None: check_number('blend', blend, 0, Real, 1)
     ridge = {k: v for k, v in dict(degree=degree, lam=lam).items() if v is not None}
     given = [*ridge] + ['blend']*(blend is not None)
-    base = other if word in (None, 'blend') else FORECASTERS[word]
+    base = other if word is None or word == 'blend' and isinstance(other, Blend) else FORECASTERS[word]
     if isinstance(base, Chebyshev) and blend is None: return replace(base, **ridge)
     if isinstance(base, Blend):
         w = base.w if blend is None else blend
