@@ -20,7 +20,9 @@ from spectrum_nb.anatomy import blocks_of, count_calls, find_anatomy
 from spectrum_nb.hook import SpectrumHook, apply_spectrum, find_denoisers
 from spectrum_nb.calibrate import record
 from spectrum_nb.clock import levels_of
-from spectrum_nb.plan import Plan, SpectrumConfig, config_for_passes, make_plan
+from spectrum_nb.forecast import DampedLine, Newton
+from spectrum_nb.plan import Plan, SpectrumConfig, make_plan
+from spectrum_nb.schedule import Even, Listed, NoiseSpaced
 from spectrum_nb.presets import call_defaults, held_captions, load_pipeline
 
 N = 14
@@ -909,7 +911,7 @@ if __name__ == '__main__': worker(sys.argv[1], int(sys.argv[2]), sys.argv[3:])
 @pytest.mark.parametrize('name', ALL)
 def test_passes_where_the_samplers_steps_are_large(name):
     pipe, denoiser, sample = load(name)
-    config = config_for_passes(6, N, 'sigma', blend=0)
+    config = SpectrumConfig(NoiseSpaced(6), Newton(1))
     with apply_spectrum(pipe, config) as run, count_calls(blocks_of(denoiser)) as counts:
         sample(); sample(num_inference_steps=9)             # planned anew for another length
     assert len(pipe.scheduler.sigmas) == 10
@@ -918,16 +920,24 @@ def test_passes_where_the_samplers_steps_are_large(name):
     assert all(s.n_passes == 6 and not s.fallbacks for s in run.stats) and counts == [6*len(run.stats)]*len(counts)
 
 
-def test_a_sampler_without_noise_levels_is_refused_for_that_schedule_and_spaced_evenly_by_default():
+def test_passes_are_spaced_evenly_where_a_sampler_tells_no_noise_levels():
     pipe, _, sample = load('tiny-sdxl')
-    own, config = pipe.scheduler.config, config_for_passes(6, N, 'sigma')
+    own, config = pipe.scheduler.config, SpectrumConfig(NoiseSpaced(6))
     pipe.scheduler = diffusers.IPNDMScheduler.from_config(own)
-    with apply_spectrum(pipe, config), pytest.raises(ValueError, match='noise levels'): sample()
-    with apply_spectrum(pipe, config_for_passes(6, N)) as run: sample()
-    assert [s.passes for s in run.stats] == [make_plan(config_for_passes(6, N, 'uniform'), N).passes]
+    with apply_spectrum(pipe, config) as run: sample()
+    assert [s.passes for s in run.stats] == [Even(6)(N)]
     pipe.scheduler = diffusers.DDIMScheduler.from_config(own)           # tells them by its alphas
     with apply_spectrum(pipe, config) as run: sample()
     assert [s.passes for s in run.stats] == [make_plan(config, N, levels_of(pipe.scheduler)).passes]
+
+
+def test_a_published_list_is_followed_and_refuses_a_run_of_another_length():
+    pipe, _, sample = load('tiny-flux')
+    passes = [0, 1, 3, N - 1]
+    with apply_spectrum(pipe, SpectrumConfig(Listed(passes, N), DampedLine())) as run:
+        sample()
+        with pytest.raises(ValueError, match=f'is for {N} steps but the run has {N + 1}'): sample(num_inference_steps=N + 1)
+    assert run.stats and all(s.passes == passes for s in run.stats)
 
 
 @pytest.mark.parametrize('name', ALL)

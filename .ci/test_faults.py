@@ -10,6 +10,7 @@ import pickle
 import shutil
 import threading
 import weakref
+from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,11 +30,13 @@ from spectrum_nb.anatomy import CountingBlock, ToyDenoiser
 from spectrum_nb.calibrate import Calibration
 from spectrum_nb.cli import COMMANDS, main
 from spectrum_nb.clock import PipelineClock
+from spectrum_nb.forecast import Blend, Chebyshev, DampedLine, Newton
 from spectrum_nb.history import History
 from spectrum_nb.hook import Run, RunStats, SpectrumHandle, SpectrumHook, apply_spectrum
 from spectrum_nb.plan import Plan, SpectrumConfig, make_plan, reuse_plan
 from spectrum_nb.presets import load_pipeline
 from spectrum_nb.runs import read_prompts
+from spectrum_nb.schedule import SCHEDULES, Listed
 from spectrum_nb.tiny import fit, save_pipeline
 
 common = dict(deadline=None, suppress_health_check=list(HealthCheck))
@@ -685,7 +688,9 @@ no_model = st.sampled_from(['', 'tiny-flex', './nowhere', 'sub', '/', '.', 'bad.
 no_name = st.sampled_from(['a/b', '/', '../x', 'x/', './x', '.'])
 unknown = words_of.filter(lambda w: w and not any(c.isspace() for c in w) and '=' not in w and not any(o.startswith(w) for o in ('help', 'pdb', 'xtra')))
 SIZES = {'--guidance': bad_float, '--height': bad_int, '--width': bad_int, '--frames': bad_int, '--fps': bad_int}
-CONFIG = {'--alpha': bad_float, '--window': bad_float | st.just('.99'), '--warmup': bad_int, '--degree': bad_int.filter(lambda v: v != '0'), '--lam': bad_float, '--blend': bad_float | st.just('1.0001')}
+CONFIG = {'--alpha': bad_float, '--window': bad_float | st.just('.99'), '--warmup': bad_int, '--degree': bad_int.filter(lambda v: v != '0'), '--lam': bad_float, '--blend': bad_float | st.just('1.0001'),
+          '--schedule': st.sampled_from(['', 'sigma', 'uniform', 'window', 'Even']),
+          '--forecaster': st.sampled_from(['', 'linear', 'spectrum', 'gram'])}
 BAD = dict(demo={'--model': no_model | st.just('flux'), '--prompts': bad_int, '--seeds': bad_int, '--steps': bad_int},
            sample={'--prompt': st.sampled_from(['', ' ', '\n\t']), '--model': no_model, '--steps': bad_int, '--out': st.sampled_from(['x.jpg', 'x.PNG', 'a.b/c.d', 'x.🦊']), '--seed': st.sampled_from(['x', '1.5', ''])} | SIZES | CONFIG,
            run={'--prompts': no_file, '--model': no_model, '--name': no_name, '--limit': bad_int, '--seed': bad_int.filter(lambda v: v != '0'), '--seeds': bad_int, '--steps': bad_int} | SIZES | CONFIG,
@@ -814,10 +819,20 @@ def test_a_damaged_calibration_is_refused_or_plans(tmp_path_factory, key, value,
     except ValueError as e: assert 'calibration.json' in str(e); return
     assert made.plan(8).n_steps == 28
 
-@examples(150, 1500)
-@given(st.tuples(*[st.one_of(st.integers(-2, 9), numbers, st.sampled_from([None, True, 'x', [], 10**30, np.float32(.5), np.int64(3), 'window', 'uniform']))]*13), st.integers(-1, 30))
-def test_a_config_is_refused_or_planned(settings, n):
-    if isinstance(settings[0], int) and abs(settings[0]) > 99: reject()
-    try: plan = make_plan(SpectrumConfig(*settings), n)
+WORDS = None, True, 'x', [], [0, 2, 5], 10**30, np.float32(.5), np.int64(3), 'growing', 'even', Newton, max
+junk = st.one_of(st.integers(-2, 9), numbers, st.sampled_from(WORDS))
+def some_of(*kinds):
+    "(class, some settings) of one of the kinds, or something else altogether"
+    settings = lambda kind: st.fixed_dictionaries({}, optional={f.name: junk for f in fields(kind)})
+    return st.one_of(*[st.tuples(st.just(kind), settings(kind)) for kind in kinds], junk)
+
+@examples(300, 3000)
+@given(some_of(*SCHEDULES.values(), Listed), some_of(Chebyshev, Newton, DampedLine, Blend), st.none() | junk, st.none() | junk,
+       st.integers(-1, 30))
+def test_a_config_is_refused_or_planned(schedule, forecaster, keep, tolerance, n):
+    def made(part): return part[0](**part[1]) if isinstance(part, tuple) else part
+    degree = forecaster[1].get('degree') if isinstance(forecaster, tuple) else None
+    if isinstance(degree, int) and degree > 99: reject()                    # more than memory holds
+    try: plan = make_plan(SpectrumConfig(made(schedule), made(forecaster), keep, tolerance), n)
     except (ValueError, TypeError): return
     execute(plan)

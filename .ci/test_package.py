@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from spectrum_nb.cli import main
+from spectrum_nb.plan import SpectrumConfig
 from spectrum_nb.runs import load_sample
 
 root = Path(__file__).parents[1]
@@ -27,7 +28,8 @@ def test_sample_writes_a_picture_and_its_statistics(tmp_path):
     assert '10 passes of 50 steps' in done.stdout
     assert Image.open(tmp_path/'sub/picture.png').size == (32, 32)
     notes = json.loads((tmp_path/'sub/picture.json').read_text())
-    assert notes['runs'][0]['passes'] == [0, 1, 2, 3, 4, 6, 11, 19, 30, 44] and notes['config']['alpha'] == 3
+    assert notes['runs'][0]['passes'] == [0, 1, 2, 3, 4, 6, 11, 19, 30, 44]
+    assert notes['config'] == SpectrumConfig.paper(alpha=3.).as_dict()
     assert sorted(p.name for p in (tmp_path/'sub').iterdir()) == ['picture.json', 'picture.png']
 
 

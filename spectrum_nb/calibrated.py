@@ -17,12 +17,13 @@ from tqdm.auto import tqdm
 
 from .anatomy import find_anatomy
 from .calibrate import record, relative_distance, shipped_calibration, try_plans
+from .forecast import FORECASTERS
 from .hook import apply_spectrum, find_denoisers
 from .metrics import quality
-from .plan import SpectrumConfig, config_for_passes, make_plan, reuse_plan, taylor_plan
+from .plan import SpectrumConfig, config_for_passes, make_plan, plan_from, taylor_plan
 from .presets import call_defaults, held_captions, load_pipeline, seen_captions
 from .rivals import Method, run_methods, second_order, summary
-from .schedule import alpha_for_passes, spaced_passes
+from .schedule import Even, NoiseSpaced, alpha_for_passes, spaced_passes
 
 # %% ../nbs/29_calibrated.ipynb #4e5436bb
 BUDGETS = {50: (14, 10, 8), 28: (10, 8)}      # steps: passes
@@ -33,7 +34,9 @@ def even_plans(
     n_steps:int,  # steps
 ):                # {name: SpectrumConfig}
     "What needs no calibration: straight lines over equal gaps, and over gaps of equal Σ|Δσ|^½, and the default, which adds a little of the Chebyshev forecast to those"
-    return {f'{name}, linear': config_for_passes(n_passes, n_steps, schedule, blend=0) for name, schedule in (('uniform', 'uniform'), ('σ', 'sigma'))} | dict(default=config_for_passes(n_passes, n_steps))
+    line = FORECASTERS['line']
+    lines = {f'{s.name}, line': config_for_passes(n_passes, n_steps, s, forecaster=line) for s in (Even(), NoiseSpaced())}
+    return lines | dict(default=config_for_passes(n_passes, n_steps))
 
 def all_plans(
     calibration,  # Calibration
@@ -80,9 +83,9 @@ def many_plans(
     bare = replace(calibration, trials=())
     for k in budgets:
         even, chance = spaced_passes(k, n), [0, *sorted(rng.choice(np.arange(1, n), k - 1, replace=False).tolist())]
-        plans += [(f'uniform, {name}', False, make(even, n)) for name, make in (('reuse', reuse_plan), ('linear', taylor_plan), ('quadratic', lambda p, n: taylor_plan(p, n, 2)))]
-        plans += [('random, linear', False, taylor_plan(chance, n))]
-        plans += [(f'searched, {f}, by {by}', True, bare.plan(k, forecaster=f, places=by)) for f in ('linear', 'gram') for by in ('output', 'hidden')]
+        plans += [(f'even, {f}', False, plan_from(even, n, FORECASTERS[f])) for f in ('reuse', 'line', 'parabola')]
+        plans += [('random, line', False, taylor_plan(chance, n))]
+        plans += [(f'searched, {f}, by {by}', True, bare.plan(k, forecaster=f, places=by)) for f in ('line', 'gram') for by in ('output', 'hidden')]
     return plans + [(f'paper α = {a:g} w = {w:g}', False, make_plan(SpectrumConfig.paper(alpha=a, blend=w), n)) for a in (.25, .75, 1.5, 3) for w in (.5, 1)]
 
 def foretold_bench(

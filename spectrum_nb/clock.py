@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOISY', 'Moment', 'CallClock', 'step_of', 'place_of', 'begin_of', 'unwrapped', 'calling_pipeline', 'noise_of',
-           'levels_of', 'PipelineClock']
+           'levels_of', 'is_flow', 'kept_of', 'PipelineClock']
 
 # %% ../nbs/08_clock.ipynb #3c1b87f1
 import sys
@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from .plan import noise_shares
+from .schedule import noise_shares
 
 # %% ../nbs/08_clock.ipynb #6e331582
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Moment:
     first:int=0     # step of the run at which the denoiser's share begins
     noisy:str=''    # name of the sampler, if it adds noise at every step
     sigmas:tuple=None # noise levels before the steps and after the last, as shares of noise, where the sampler tells
+    flow:bool=True    # whether the sampler follows a flow, x = (1 − s)·x0 + s·ε, of which sigmas are the shares s of noise
+    kept:tuple=None   # what a multistep sampler keeps of the step before, and whether it is a clean prediction
     whole:int=None    # steps of the whole run, of which n_steps may be the denoiser's share
 
 # %% ../nbs/08_clock.ipynb #c4c39616
@@ -99,13 +101,30 @@ def levels_of(
     shares = (noise/(noise + kept.sqrt())).tolist()
     return *shares, 0. if shares[0] >= shares[-1] else shares[-1]                             # a sampler may run towards noise
 
+def is_flow(
+    scheduler,  # diffusers scheduler with its timesteps set
+):              # bool
+    "Whether its noise levels are shares of noise in the sample, and the sample a mixture by shares; else noise is added to the clean sample, and the sum scaled"
+    levels = getattr(scheduler, 'sigmas', None)
+    if levels is None: return not hasattr(scheduler, 'alphas_cumprod')
+    return float(torch.as_tensor(levels).max()) <= 1 + 1e-6
+
+def kept_of(
+    scheduler,  # diffusers scheduler in a run
+):              # (tensor, whether it predicts the clean sample), or None
+    "What a multistep sampler (UniPC, DPM-Solver++, DEIS) keeps of the last output that it was given"
+    outputs, config = getattr(scheduler, 'model_outputs', None), getattr(scheduler, 'config', {})
+    if not outputs or not isinstance(outputs[-1], torch.Tensor): return None
+    clean = config.get('predict_x0', str(config.get('algorithm_type', '')).startswith(('dpmsolver++', 'sde-dpmsolver++')))
+    return outputs[-1], bool(clean)
+
 class PipelineClock:
     "Run, length and step of one denoiser, as the calling pipeline and its scheduler tell them"
     def __init__(self,
         pipe,      # diffusers pipeline
         denoiser,  # its denoiser
         name='',   # attribute that holds the denoiser, where it is one of several
-    ): self.pipe, self.denoiser, self.name, self.label, self._run = pipe, denoiser, name, f'{name}/' if name else '', (None, None, 0, '', None, None)
+    ): self.pipe, self.denoiser, self.name, self.label, self._run = pipe, denoiser, name, f'{name}/' if name else '', (None, None, 0, '', None, None, True)
 
     def share(self, pipe, times):
         "The steps at which this denoiser is called: all, or those on its side of the pipeline's boundary"
@@ -124,10 +143,11 @@ class PipelineClock:
             left = left[:getattr(pipe, 'num_timesteps', None) or len(left)]               # or where a pipeline stops early (SDXL's denoising_end)
             share, levels = self.share(pipe, left), levels_of(scheduler)
             start, stop = begin + share.start, begin + share.stop
-            self._run = times, share, begin, noise_of(scheduler), levels and (*levels[start:stop:order], levels[stop]), -(-len(left)//order)
-        _, share, begin, noisy, sigmas, whole = self._run
+            self._run = times, share, begin, noise_of(scheduler), levels and (*levels[start:stop:order], levels[stop]), -(-len(left)//order), is_flow(scheduler)
+        _, share, begin, noisy, sigmas, whole, flow = self._run
+        told = dict(noisy=noisy, sigmas=sigmas, whole=whole, flow=flow, kept=kept_of(scheduler))
         call = step_of(scheduler, begin, timestep)
         n_steps = -(-len(share)//order)
-        if call is None: return Moment(times, n_steps, first=share.start, noisy=noisy, sigmas=sigmas, whole=whole)
+        if call is None: return Moment(times, n_steps, first=share.start, **told)
         call -= share.start
-        return Moment(times, n_steps, call//order, len(share)//order if call % order else n_steps, '2nd' if call % order else '', share.start//order, noisy, sigmas, whole)
+        return Moment(times, n_steps, call//order, len(share)//order if call % order else n_steps, '2nd' if call % order else '', share.start//order, **told)

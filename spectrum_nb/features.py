@@ -13,6 +13,7 @@ import torch
 from .ablations import BASES, axis_times
 from .chebyshev import basis, rescaled_time
 from .clock import levels_of
+from .forecast import FORECASTERS
 from .hook import apply_spectrum
 from .metrics import still
 from .plan import Plan, SpectrumConfig, make_plan
@@ -103,7 +104,7 @@ def plan_errors(
     return (dot(forecast, h)/dot(forecast, forecast))[..., None, None]*forecast - h
 
 # %% ../nbs/34_features.ipynb #f4609347
-PLANS = {'default 10': BASES['default 10'], 'lines 10': SpectrumConfig(n_passes=10, blend=0), 'paper 10': BASES['paper 10']}
+PLANS = {'default 10': BASES['default 10'], 'lines 10': SpectrumConfig(forecaster=FORECASTERS['line'], n_passes=10), 'paper 10': BASES['paper 10']}
 SPANS = (1, 2, 3, 4, 6, 8)                                 # steps over which bends are measured
 SHARES = tuple(np.round(np.linspace(0, 1, 21), 2).tolist())  # of the channels, for the curve of their share of the error
 

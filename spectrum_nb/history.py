@@ -84,6 +84,20 @@ class History:
         row[[self.slots[s] for s in steps]] = weights[steps]
         return weighted_sum(self.buffer[:self.filled], row).to(self.home)      # one feature travels, however many are kept
 
+    def damped(self,
+        weights,  # [n] row of the plan's weights or checks
+        slope,    # [n] the same row of its slopes
+        damping,  # [rows] d of each row of the denoiser's batch, or [1] for all
+    ):            # weights + d·slope, summed, or None if a pass that it needs is not here
+        "The feature of a row whose share of the line was measured: one sum where all rows have the same, else two"
+        if bool((damping == damping[0]).all()): return self.forecast(weights + damping[0].item()*slope)
+        reused, added = self.forecast(weights), self.forecast(slope)
+        if reused is None or added is None: return None
+        d = damping.to(reused.device, torch.promote_types(reused.dtype, torch.float32))
+        if len(reused) % len(d): d = d.min().repeat(len(reused))          # rows of the feature are not rows of the sample
+        d = d.repeat_interleave(len(reused)//len(d)).view(-1, *[1]*(reused.ndim - 1))
+        return torch.addcmul(reused.to(d.dtype), added.to(d.dtype), d).to(reused.dtype)
+
     @property
     def nbytes(self): return 0 if self.buffer is None else self.buffer.nbytes
 

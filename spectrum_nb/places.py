@@ -9,7 +9,7 @@ __all__ = ['search_passes', 'best_passes']
 from functools import lru_cache
 from numbers import Integral
 
-from .plan import check_number
+from .forecast import check_number
 
 # %% ../nbs/26_places.ipynb #21619dbd
 def search_passes(

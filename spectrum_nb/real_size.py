@@ -24,10 +24,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from .anatomy import blocks_of, count_calls, find_anatomy, without
 from .bench import now, timed
 from .cost import forecast_ways, peak_of
+from .forecast import Blend
 from .hook import apply_spectrum
 from .memory import peak_bytes
 from .plan import config_for_passes, make_plan
 from .presets import PRESETS
+from .schedule import Growing
 
 # %% ../nbs/31_real_size.ipynb #80f37d60
 def flux_inputs(c, make, height, width, num_frames, text):
@@ -234,7 +236,7 @@ def mode_rows(model, denoiser, kwargs, mode, n_steps, budgets, left, costs, whol
     rows = []
     for k in budgets:
         if (real + 1)*pass_s > left(): rows.append(EMPTY | shared | dict(passes=k, note=f'no time left: {left():.0f} s for passes of {pass_s:.0f} s')); continue
-        config, seen = config_for_passes(k, n_steps, 'window'), []
+        config, seen = config_for_passes(k, n_steps, Growing(), forecaster=Blend(.5)), []
         plan = make_plan(config, n_steps)
         with count_calls(blocks_of(denoiser)) if mode == 'eager' else nullcontext([]) as calls:
             peak = peak_of(lambda: seen.append(run_loop(model, denoiser, kwargs, n_steps, config, real, each=True)), device)

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from .clips import DIRECTIONS, all_clips, draw_clip, split_clips
 from .flux import flux_embeds, flux_velocity, new_tiny_flux
 from .hunyuan_video import hunyuan_embeds, hunyuan_velocity, new_tiny_hunyuan
-from .plan import check_number
+from .forecast import check_number
 from .sd3 import new_tiny_sd3, sd3_embeds, sd3_velocity
 from .sdxl import new_tiny_sdxl, sdxl_embeds, sdxl_noise
 from .shapes import all_scenes, draw, split_scenes
