@@ -339,7 +339,7 @@ def bench(
             jobs = make(prompts, device)
             wanted = {m for m in (models or '').split(',') if m}
             jobs_now = {key: job for key, job in jobs.items() if not wanted or wanted & {*key}}
-            result = dict(tables={}, prompts=prompts) | where(f'prompts {prompts}', steps=steps, prompts=f'{prompts} held-out captions, one batch', seeds=f'{first} to {first - 1 + prompts}', guidance={m: find_preset(m).call['guidance_scale'] for m in TINY})
+            result = dict(tables={}, prompts=prompts) | where(f'prompts {prompts}', steps=steps, prompts=f'{prompts} held-out captions, one batch', seeds=f'{first} to {first - 1 + prompts}', guidance='as the cells say' if what in ('hard', 'forms', 'early', 'few') else {m: find_preset(m).call['guidance_scale'] for m in TINY})
         there = read_json(out) if Path(out).is_file() else {}
         if (there.get('unfinished') or what == 'real_size') and {**there.get('provenance', {}), 'date': ''} == {**result['provenance'], 'date': ''}: result = there      # interrupted before, or of other models
         result['unfinished'] = True
