@@ -162,8 +162,7 @@ class RunTeller:
         if call is not None and last is not None and call < last: return True
         if old is times: return other and call == 0
         if other or said != self.said or not torch.equal(times, self.values): return True
-        if call == 0: return old is None                    # replaced; while a copy that lives on beside it is a tile's
-        return call is None or (last is not None and call > last + 1)
+        return call is None or (last is not None and call > last + 1)       # a copy goes on where the one before it was
 
     def tell(self, pipe, frame, times, said, call, who):
         "(object that stands for the run, whether it is surely one run)"
@@ -273,12 +272,13 @@ class PipelineClock:
         scheduler = scheduler_of(pipe, looped)
         times = getattr(scheduler, 'timesteps', None)
         if not isinstance(times, torch.Tensor) or not len(times): raise self.untold(pipe, f'{type(scheduler).__name__} has no timesteps')
-        order, said = getattr(scheduler, 'order', 1), (id(scheduler), getattr(scheduler, 'begin_index', None), getattr(pipe, 'num_timesteps', None))
+        order, said = getattr(scheduler, 'order', 1), (type(scheduler), getattr(scheduler, 'begin_index', None), getattr(pipe, 'num_timesteps', None))
         call = step_of(scheduler, self._run[1], timestep)
         key, sure = self.teller.tell(pipe, frame, times, said, call, self)
         if self.key is not key:                                                           # a new run
             left = times[(begin := begin_of(scheduler, timestep)):]                       # fewer in image-to-image
-            left = left[:getattr(pipe, 'num_timesteps', None) or len(left)]               # or where a pipeline stops early (SDXL's denoising_end)
+            length = len(looped) if scheduler is not pipe.scheduler else getattr(pipe, 'num_timesteps', None)
+            left = left[:length or len(left)]                                             # or where a pipeline stops early (SDXL's denoising_end)
             share, levels = self.share(pipe, left), levels_of(scheduler)
             start, stop = begin + share.start, begin + share.stop
             levels = (*levels[start:stop:order], levels[stop]) if levels and len(levels) > stop else None
