@@ -572,3 +572,92 @@ def test_a_calibration_looks_at_the_model_and_not_at_what_adapters_add(flux):
     config = {k: v for k, v in pipe.transformer.config.items() if not k.startswith('_')}
     pipe.transformer = type(pipe.transformer)(**config | dict(num_layers=config['num_layers'] + 1))
     with pytest.raises(ValueError, match='num_layers was'): made.check(pipe, 28, call)
+
+
+# Programs of what users do
+
+acts = st.lists(st.one_of(
+    st.tuples(st.just('run'), st.sampled_from(['down', 'up']), st.integers(2, 26)), st.tuples(st.just('cancel'), st.sampled_from(['down', 'up']), st.integers(2, 26)),
+    st.tuples(st.just('thread'), st.integers(0, 2), st.just(0)),
+    *[st.tuples(st.just(what), st.just(''), st.just(0)) for what in ('wrap', 'unwrap', 'swap', 'grad', 'adapter', 'copy', 'remove')]), min_size=1, max_size=12)
+
+class Adapted(Toy):
+    "A toy with what peft leaves: `peft_config`, and a shift that an adapter adds to what its blocks make"
+    def forward(self, hidden_states, timestep): return super().forward(hidden_states + (5. if vars(self).get('peft_config') else 0.), timestep)
+
+@examples(60, 10_000)
+@given(program=acts, seed=st.integers(0, 999))
+def test_programs_of_what_users_do_draw_what_they_draw_without(program, seed):
+    toys = [Adapted(), Adapted()]
+    before, plain, rng = [state_of(t) for t in toys], [Adapted(), Adapted()], np.random.default_rng(seed)
+    at, depth, grad, pools, where = 0, 0, False, [ThreadPoolExecutor(1) for _ in range(2)], 0
+    def shell():
+        module = toys[at]
+        for _ in range(depth): module = Shell(module)
+        return module
+    def apply(): return apply_spectrum(shell(), PAPER, N)
+    handle = apply()
+    try:
+        for what, how, n in program:
+            if what == 'thread': where = how
+            elif what == 'wrap': depth = min(depth + 1, 3)
+            elif what == 'unwrap': depth = max(depth - 1, 0)
+            elif what == 'grad': grad = not grad
+            elif what == 'remove': handle.remove(); assert [state_of(t) for t in toys] == before; handle = apply()
+            elif what == 'swap': handle.remove(); at = 1 - at; handle = apply()
+            elif what == 'adapter':
+                for t in (toys[at], plain[at]):
+                    if 'peft_config' in vars(t): del t.peft_config
+                    else: t.peft_config = {'one': None}
+                before[at] = [([e for e in attributes if e[0] != 'peft_config'], *rest) for attributes, *rest in before[at]]
+                if 'peft_config' in vars(toys[at]):                     # removal leaves it, and nothing else
+                    handle.remove(); before[at] = state_of(toys[at]); handle = apply()
+                else: handle.remove(); before[at] = state_of(toys[at]); handle = apply()
+            elif what == 'copy':
+                with pytest.raises(RuntimeError, match='cannot be copied'): copy.deepcopy(toys[at])
+            else:
+                times = np.linspace(10, 0, n + 1)[:-1] if how == 'down' else np.linspace(0, 10, n)
+                if what == 'cancel': times = times[:int(rng.integers(2, n + 1))]
+                x, done = torch.full((2, 4), float(rng.integers(-8, 9))), len(handle.stats)
+                x.requires_grad_(grad)
+                call = lambda t: shell()(x, float(t))
+                for t in times:
+                    ctx = contextlib.nullcontext() if grad else torch.no_grad()
+                    with ctx: got, want = call(t) if not where else pools[where - 1].submit(call, t).result(), plain[at](x, float(t))
+                    assert torch.allclose(got.detach(), want.detach(), atol=1e-3), (what, how, n, t)
+                if what == 'run' and n >= N: assert len(handle.stats) == done + 1
+        handle.remove()
+        assert [state_of(t) for t in toys] == before and all(callable(t.forward) for t in toys)
+    finally:
+        handle.remove()
+        for p in pools: p.shutdown()
+
+
+# What held
+
+def test_what_held_with_kontext_inpainting_and_other_sigmas(flux, sdxl):
+    pipe, call = flux
+    for cls, more in ((diffusers.FluxKontextPipeline, dict(image=picture(), _auto_resize=False, max_area=32*32)), (diffusers.FluxInpaintPipeline, dict(image=picture(), mask_image=picture(), strength=1.))):
+        made = cls(**{k: v for k, v in pipe.components.items()}); made.set_progress_bar_config(disable=True)
+        with apply_spectrum(made, PAPER) as run: latents(made, call, **more)
+        assert run.stats and all(s.passes == PASSES for s in run.stats)
+    pipe, call = sdxl
+    own = pipe.scheduler
+    try:
+        pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(own.config, use_karras_sigmas=True)
+        with apply_spectrum(pipe, PAPER) as run: latents(pipe, call), latents(pipe, call, height=40, width=48)
+        assert [s.passes for s in run.stats] == [PASSES]*2
+    finally: pipe.scheduler = own
+
+def test_what_held_when_memory_runs_out_and_when_a_pipeline_goes(flux):
+    import weakref
+    pipe, call = tiny('tiny-flux')
+    with apply_spectrum(pipe, PAPER) as run:
+        def out(pipe, i, t, given): raise torch.OutOfMemoryError('no memory')
+        with pytest.raises(torch.OutOfMemoryError): latents(pipe, call, callback_on_step_end=out)
+        first = latents(pipe, call)
+        pipe.to(torch.bfloat16); latents(pipe, call); pipe.to(torch.float32)
+        assert torch.equal(latents(pipe, call), first) and [s.passes for s in run.stats] == [PASSES]*3
+    gone = weakref.ref(pipe.transformer)
+    del pipe, run, out; gc.collect()
+    assert gone() is None

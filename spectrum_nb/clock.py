@@ -52,9 +52,8 @@ def time_of(
 ):             # float, or None where there is none
     "The time of a call as one number, the mean where parts of the sample have times of their own"
     if isinstance(timestep, torch.Tensor):
-        if not timestep.numel(): return None
-        same = timestep.numel() == 1 or not any(timestep.stride())
-        timestep = (timestep.detach().flatten()[0] if same else timestep.detach().double().mean()).item()
+        if timestep.numel() > 1: timestep = timestep[(0,)*timestep.ndim] if not any(timestep.stride()) else timestep.detach().double().mean()
+        timestep = timestep.item() if timestep.numel() else None
     return float(timestep) if isinstance(timestep, (int, float)) and math.isfinite(timestep) else None
 
 def alike(

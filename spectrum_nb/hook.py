@@ -11,9 +11,10 @@ __all__ = ['IN_DOUBT', 'FOREIGN', 'FOR_BLOCKS', 'LIBRARIES', 'FULLGRAPH', 'TWO_T
            'SpectrumHandle', 'apply_spectrum', 'find_denoisers']
 
 # %% ../nbs/09_hook.ipynb #45b383e4
-import functools, inspect, re, warnings, weakref
+import functools, inspect, math, re, warnings, weakref
+from collections import namedtuple
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from threading import get_ident
@@ -55,7 +56,7 @@ def passes_of(
 
 def is_finite(x):
     "Whether a tensor has neither infinities nor NaN; one pass over it, no copy"
-    return not x.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(x.detach()))).all())
+    return not x.numel() or all(math.isfinite(end.item()) for end in torch.aminmax(x.detach()))
 
 def narrowest(
     feature,    # tensor that a head was given
@@ -185,20 +186,13 @@ class Run:
         return RunStats(self.context, self.n_steps, [self.first + i for i in self.passes], at(self.fallbacks), at({i: e.item() for i, e in self.errors.items()}), self.nbytes)
 
 # %% ../nbs/09_hook.ipynb #7dfb8f49
-@dataclass(frozen=True)
-class Calls:
-    "How often a context was called at a step, and at the step before"
-    key:object      # the run
-    step:int
-    time:object     # of the last call
-    n:int=1         # calls at this step so far
-    before:int=1    # calls at the step before
-    unsure:bool=False   # whether the calls of this step may be of two runs
-    checked:bool=False  # whether this step tells
+class Calls(namedtuple('Calls', 'key step time n before unsure checked', defaults=(1, 1, False, False))):
+    "How often a context was called at a step of a run (`n`) and at the step before; whether those may be calls of two runs, and whether this step tells"
+    __slots__ = ()
 
     def following(self, moment, time):
         "With another call, at a moment of the same run"
-        if self.step == moment.step: return replace(self, time=time, n=self.n + 1, unsure=self.unsure or not moment.sure)
+        if self.step == moment.step: return self._replace(time=time, n=self.n + 1, unsure=self.unsure or not moment.sure)
         return Calls(self.key, moment.step, time, 1, self.n, not moment.sure, self.unsure and self.n > self.before)
 
     @property
@@ -343,7 +337,8 @@ class SpectrumHook(ModelHook):
         super().__init__()
         self.handle, self.anatomy, self.clock = handle, anatomy, clock
         self.contexts, self.runs, self.calls, self.callers, self.attached = StateManager(dict), {}, {}, {}, ExitStack()
-        self.aside, self.ticks, self.pending = {}, 0, None     # {context: unfinished run of another thread}; calls so far; what counts when the call is over
+        self.aside, self.ticks = {}, 0                         # {context: unfinished run of another thread}; calls so far
+        self.pending, self.counts = None, False                # what is to be counted of the last call; whether it was made
         self.seen, self.given = None, None      # at the heads: what they are given in a pass, what to give them in a forecast
 
     def initialize_hook(self, module):
@@ -363,7 +358,7 @@ class SpectrumHook(ModelHook):
         forget_compiled(module)
         return module
 
-    def reset_state(self, module=None): self.runs, self.calls, self.aside = {}, {}, {}
+    def reset_state(self, module=None): self.runs, self.calls, self.aside, self.pending, self.counts = {}, {}, {}, None, False
 
     def __reduce_ex__(self, protocol): raise RuntimeError('a denoiser cannot be copied or pickled while Spectrum is applied: the copy would share its runs; remove() first, save_pretrained works')
 
@@ -386,6 +381,10 @@ class SpectrumHook(ModelHook):
     @torch.compiler.disable
     def find_run(self, module, args, kwargs):
         "(run, step) of this call; a new run if the clock says so, None beyond the last step"
+        if self.counts:                                        # the call before this one was made
+            self.clock.commit()
+            if self.pending and self.pending[1]: self.calls[self.pending[0]] = self.pending[1]
+        self.counts, self.pending = False, None
         try: context = self.contexts.context.name
         except ValueError: context = ''
         time, self.ticks = self.time_of(args, kwargs), self.ticks + 1
@@ -393,9 +392,7 @@ class SpectrumHook(ModelHook):
         key, step, name = moment.run, moment.step, ' '.join(filter(None, (context, moment.kind)))
         calls = last = None
         if step is not None:
-            if step >= moment.n_steps:
-                self.pending = None
-                return None, step
+            if step >= moment.n_steps: return None, step
             last = self.calls.get(name)
             calls = last.following(moment, time) if last and last.key is key else Calls(key, step, time, unsure=not moment.sure)
             if calls.n > 1 and moment.sure: self.check_time(last.time, time)
@@ -469,8 +466,9 @@ class SpectrumHook(ModelHook):
         run, i = self.find_run(module, args, kwargs)
         if run is None or i >= run.n_steps:
             if run is None and isinstance(self.clock, TimeClock): self.handle.warn_once(f'this run has more than the {self.clock.n_steps} steps that were said: those beyond run in full. Apply Spectrum with n_steps=… of the longest')
-            self.made(run)
-            return self.fn_ref.original_forward(*args, **kwargs)
+            out = self.fn_ref.original_forward(*args, **kwargs)
+            self.counts = True
+            return out
         signature = signature_of(args[0] if args else kwargs.get(self.sample_name))
         if run.signature not in (None, signature): self.begin_anew(run, i, i, 'the input changed its shape, dtype or device: new history'); run.kinds = None
         run.signature = signature
@@ -480,21 +478,16 @@ class SpectrumHook(ModelHook):
             if run.changed(feature): self.begin_anew(run, i, i, 'the feature changed its shape or dtype: new history')
             if not run.keep(i, feature): self.begin_anew(run, i, i + 1, 'the feature is not finite: new history')
         run.step = i + 1
-        self.made(run)
+        self.counts = True                                     # only now, so a call that failed can be made again
         if run.step == run.n_steps: self.handle.note(run.finish())
         return out
-
-    def made(self, run):
-        "The call was made: only now it counts, so one that failed can be made again"
-        self.clock.commit()
-        if self.pending and self.pending[1]: self.calls[self.pending[0]] = self.pending[1]
 
     @torch.compiler.disable(recursive=False)
     def compute(self, run, module, args, kwargs):
         "(output, tensors of the feature) of a pass"
         self.seen = {}
         out = self.fn_ref.original_forward(*args, **kwargs)
-        if torch.is_grad_enabled(): run.differentiable |= any(x.requires_grad for x in pytree.tree_leaves(out) if is_feature(x))
+        if torch.is_grad_enabled(): self.look_for_gradient(run, out)
         if self.anatomy is None:
             run.leaves, run.form = pytree.tree_flatten(out)
             return out, [x for x in run.leaves if is_feature(x)]
@@ -506,21 +499,27 @@ class SpectrumHook(ModelHook):
             if run.heads[name] == len(feature): feature.append(x)
         return out, feature
 
-    @torch.compiler.disable(recursive=False)
-    def skip(self, run, feature, module, args, kwargs):
-        "The output of a forecast step"
-        if torch.is_grad_enabled() and (run.differentiable or wants_gradient(args, kwargs)): return without_gradient(self.skipped(run, feature, module, args, kwargs))
-        return self.skipped(run, feature, module, args, kwargs)
+    @torch.compiler.disable
+    def look_for_gradient(self, run, out):
+        "Note whether the output of a pass has a gradient, which forecasts would lack"
+        run.differentiable |= any(x.requires_grad for x in pytree.tree_leaves(out) if is_feature(x))
 
     @torch.compiler.disable(recursive=False)
-    def skipped(self, run, feature, module, args, kwargs):
-        "What the head makes of a forecast, or the forecast itself where the output is what is forecast"
+    def skip(self, run, feature, module, args, kwargs):
+        "The output of a forecast step: what the head makes of the feature, or the feature itself where that is the output"
         if self.anatomy is None:
             left = iter(feature)
-            return pytree.tree_unflatten([next(left).to(x.dtype) if is_feature(x) else x for x in run.leaves], run.form)
+            out = pytree.tree_unflatten([next(left).to(x.dtype) if is_feature(x) else x for x in run.leaves], run.form)
+            return out if not torch.is_grad_enabled() else self.guarded(run, out, args, kwargs)
         self.given = {name: feature[k] for name, k in run.heads.items()}
         if self.leads: args, kwargs = tuple(None if k in self.lead_places else x for k, x in enumerate(args)), kwargs | {n: None for n in self.leads & kwargs.keys()}
-        with without(module, self.anatomy.body): return self.fn_ref.original_forward(*args, **kwargs)
+        with without(module, self.anatomy.body): out = self.fn_ref.original_forward(*args, **kwargs)
+        return out if not torch.is_grad_enabled() else self.guarded(run, out, args, kwargs)
+
+    @torch.compiler.disable
+    def guarded(self, run, out, args, kwargs):
+        "The output of a forecast step where gradients are recorded: of none that would be wrong"
+        return without_gradient(out) if run.differentiable or wants_gradient(args, kwargs) else out
 
 def is_feature(x):
     "Whether a part of an output is forecast; anything else is handed on as the last pass left it"
