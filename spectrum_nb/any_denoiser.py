@@ -212,6 +212,7 @@ LIMITS = {   # class: what does not work though its example does
     'UNet1DModel': "without an `out_block_type` no module follows the blocks: refused, `feature='output'` works",
     'UNet2DConditionModel, UNet3DConditionModel, UNetMotionModel': 'the residuals of a ControlNet are for the blocks, and are left out at forecast steps',
     'HunyuanVideoTransformer3DModel, HunyuanVideo15Transformer3DModel, HunyuanImageTransformer2DModel, Krea2Transformer2DModel, MiniMaxH3Transformer3DModel': 'their text refiners lie within the embedding and run at every step',
+    'HunyuanDiT2DModel': 'the controls of its ControlNet are left out at forecast steps: code behind its blocks looks whether they used them up',
     'NucleusMoEImageTransformer2DModel': 'the example has one dense block: the experts of the others are not initialised',
 }
 
