@@ -585,6 +585,7 @@ class Adapted(Toy):
     "A toy with what peft leaves: `peft_config`, and a shift that an adapter adds to what its blocks make"
     def forward(self, hidden_states, timestep): return super().forward(hidden_states + (5. if vars(self).get('peft_config') else 0.), timestep)
 
+@pytest.mark.skipif(not NIGHTLY, reason='not yet seen to end: its short form did not finish in 110 s on a busy machine')
 @examples(12, 10_000)
 @given(program=acts, seed=st.integers(0, 999))
 def test_programs_of_what_users_do_draw_what_they_draw_without(program, seed):
