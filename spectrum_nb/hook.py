@@ -161,7 +161,7 @@ class Run:
 
     def see(self, i, sample, moment):
         "Watch the sample of step i, where the plan measures how far its lines may be followed"
-        if self.steadiness is None: return
+        if self.steadiness is None or sample is None: return
         share = float(i) if self.sigmas is None else self.sigmas[i]
         self.steadiness.see(i, sample, share, self.plan.is_pass[i - self.start], moment.flow or self.sigmas is None, moment.kept)
 
@@ -173,7 +173,7 @@ class Run:
         return None if not h or any(x is None for x in h) else h
 
     @torch.compiler.disable
-    def forecast(self, i, sample, moment):
+    def forecast(self, i, sample=None, moment=None):
         "The tensors of the feature of step i, or None if it must be computed; a forecast that cannot be used is noted"
         self.see(i, sample, moment)
         if self.plan.is_pass[i - self.start] or i in self.forced: return None
