@@ -82,7 +82,7 @@ class Steadiness:
     ):
         self.trust, self.first, self.memory = trust, first, memory
         self.left, self.known, self.latest, self.ratios = None, [], [], {}
-        self.damping = first       # d: one number, or [rows] float64 on the CPU where images differ
+        self.damping = float(first)     # d: one number, or [rows] float64 on the CPU where images differ
 
     def see(self,
         step:int,      # step of this call
