@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'LISTS', 'SPEEDUPS', 'PUBLISHED', 'LENGTHS', 'FORMS', 'SET_UPS', 'EARLY', 'FEW', 'half_caption',
-           'sd_cpp_passes', 'growing_for', 'hard_methods', 'draw', 'score', 'hard_cell', 'hard_jobs', 'forms_cell',
-           'forms_jobs', 'early_cell', 'early_jobs', 'few_cell', 'few_jobs']
+           'sd_cpp_passes', 'growing_for', 'hard_methods', 'draw', 'drawn_by', 'score', 'hard_cell', 'hard_jobs',
+           'forms_cell', 'forms_jobs', 'early_cell', 'early_jobs', 'few_cell', 'few_jobs']
 
 # %% ../nbs/33b_hard.ipynb #14b43a35
 import re
@@ -105,6 +105,21 @@ def draw(
         pipe.scheduler = own
     return np.asarray(out), len(handle.stats[0].passes) if handle else method.steps
 
+# %% ../nbs/33b_hard.ipynb #b667ed98
+def drawn_by(
+    model:str,       # preset of a tiny model
+    guidance:float,  # guidance scale
+    kind:str,        # a word in KINDS
+    seeds,           # range, a held-out caption for each
+    device='cpu',
+):                   # (pipeline, captions, function of a Method: (samples, passes))
+    "What every cell begins with"
+    pipe = load_pipeline(model, device)
+    pipe.set_progress_bar_config(disable=True)
+    call = call_defaults(pipe, model) | dict(guidance_scale=guidance)
+    captions = held_captions(call, len(seeds))
+    return pipe, captions, partial(draw, pipe, [KINDS[kind](c) for c in captions], seeds, call)
+
 # %% ../nbs/33b_hard.ipynb #653cc275
 def score(
     samples, references,  # as many samples
@@ -130,12 +145,7 @@ def hard_cell(
     device='cpu',
 ):                      # list of rows
     "All methods at all speed-ups, against the full run of the same seeds"
-    pipe = load_pipeline(model, device)
-    pipe.set_progress_bar_config(disable=True)
-    call = call_defaults(pipe, model) | dict(guidance_scale=guidance)
-    captions, seeds = held_captions(call, n_prompts), range(8000, 8000 + n_prompts)
-    prompts = [KINDS[kind](c) for c in captions]
-    run = partial(draw, pipe, prompts, seeds, call)
+    pipe, captions, run = drawn_by(model, guidance, kind, range(8000, 8000 + n_prompts), device)
     obeyed = captions if kind == 'captions' else None
     full, _ = run(Method('full run', n_steps, None, pipe.scheduler))
     rows, known = [dict(speedup=1., method='full run', passes=n_steps) | score(full, full, obeyed)], {}
@@ -178,16 +188,14 @@ def forms_cell(
     device='cpu',
 ):                      # list of rows
     "PSNR of every schedule with every forecaster"
-    pipe = load_pipeline(model, device)
-    pipe.set_progress_bar_config(disable=True)
-    call = call_defaults(pipe, model) | dict(guidance_scale=guidance)
-    captions, seeds, own = held_captions(call, n_prompts), range(8500, 8500 + n_prompts), pipe.scheduler
-    full, _ = draw(pipe, captions, seeds, call, Method('full run', 50, None, own))
+    pipe, _, run = drawn_by(model, guidance, 'captions', range(8500, 8500 + n_prompts), device)
+    own = pipe.scheduler
+    full, _ = run(Method('full run', 50, None, own))
     sigmas = levels_of(own)
     rows = []
     for schedule, (name, forecaster) in product((Even(), NoiseSpaced(), Growing()), FORMS.items()):
         plan = make_plan(config_for_passes(n_passes, 50, schedule, forecaster=forecaster), 50, sigmas)
-        samples, _ = draw(pipe, captions, seeds, call, Method(name, 50, plan, own))
+        samples, _ = run(Method(name, 50, plan, own))
         rows.append(dict(schedule=schedule.name.split()[0], forecaster=name, passes=plan.passes) | score(samples, full, None))
     return [dict(sigmas=[round(s, 6) for s in sigmas])] + rows
 
@@ -212,11 +220,8 @@ def early_cell(
     device='cpu',
 ):                    # list of rows
     "PSNR over plain steps of schedules that differ in how early their passes are"
-    pipe = load_pipeline(model, device)
-    pipe.set_progress_bar_config(disable=True)
-    call = call_defaults(pipe, model) | dict(guidance_scale=PUBLISHED[model])
-    captions, seeds, own = held_captions(call, n_prompts), range(8700, 8700 + n_prompts), pipe.scheduler
-    run = partial(draw, pipe, [KINDS[kind](c) for c in captions], seeds, call)
+    pipe, _, run = drawn_by(model, PUBLISHED[model], kind, range(8700, 8700 + n_prompts), device)
+    own = pipe.scheduler
     full, _ = run(Method('full run', 50, None, own))
     sigmas = levels_of(own)
     rows = [dict(schedule='plain steps', early=None) | score(run(Method('', 10, None, own))[0], full, None)]
@@ -244,11 +249,8 @@ def few_cell(
     device='cpu',
 ):                    # list of rows
     "PSNR of the default and of plain steps for small budgets"
-    pipe = load_pipeline(model, device)
-    pipe.set_progress_bar_config(disable=True)
-    call = call_defaults(pipe, model, published=True)
-    captions, own = held_captions(call, n_prompts), pipe.scheduler
-    run = partial(draw, pipe, captions, range(8900, 8900 + n_prompts), call)
+    pipe, captions, run = drawn_by(model, PUBLISHED[model], 'captions', range(8900, 8900 + n_prompts), device)
+    own = pipe.scheduler
     full, _ = run(Method('full run', n_steps, None, own))
     ways = dict(default=lambda k: (n_steps, SpectrumConfig(n_passes=k)), plain=lambda k: (k, None))
     return [dict(passes=k, method=name) | score(run(Method(name, *way(k), own))[0], full, captions)
