@@ -57,7 +57,7 @@ def rows_of(
 ):           # [rows, F] in float32 at least, a copy; None where there are no rows of one size
     "A sample as one row of numbers an image"
     if isinstance(sample, (list, tuple)):
-        if len({getattr(x, 'shape', None) for x in sample}) != 1: return None
+        if not all(isinstance(x, torch.Tensor) for x in sample) or len({x.shape for x in sample}) != 1: return None
         sample = torch.stack(list(sample))
     if not isinstance(sample, torch.Tensor) or sample.ndim < 2: return None
     return sample.detach().flatten(1).to(torch.promote_types(sample.dtype, torch.float32), copy=True)
