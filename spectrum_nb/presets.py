@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'bf16', 'fp16', 'fp32', 'tiny', 'clip', 'EARLY_DENSE', 'PRESETS', 'TINY', 'Preset', 'first_line',
            'read_json', 'check_device', 'load_pipeline', 'find_preset', 'call_defaults', 'held_captions',
-           'seen_captions', 'split_captions', 'config_for_model']
+           'seen_captions', 'split_captions', 'mixed_captions', 'config_for_model']
 
 # %% ../nbs/23_presets.ipynb #8aeb73b9
 import inspect, json, os
@@ -20,7 +20,7 @@ from .clips import split_clips
 from .hunyuan_video import CAPTION_ONLY
 from .plan import SpectrumConfig
 from .schedule import PowerSpaced
-from .shapes import split_scenes
+from .shapes import half_caption, split_scenes
 
 # %% ../nbs/23_presets.ipynb #98a55cbb
 @dataclass(frozen=True)
@@ -146,6 +146,16 @@ def seen_captions(
 def split_captions(call):
     "(captions of training, held-out captions) of the world that a tiny pipeline draws"
     return [[s.caption for s in part] for part in (split_clips if 'num_frames' in call else split_scenes)()]
+
+# %% ../nbs/23_presets.ipynb #6d925411
+def mixed_captions(
+    call,   # arguments of a tiny pipeline's call
+    n:int,  # how many
+):          # list of captions of the training split
+    "Every second caption as it is, of the others by turns one half and nothing: prompts that leave things open, too"
+    forms = (lambda caption: caption, half_caption, lambda caption: caption, lambda caption: '')
+    return [forms[k % 4](caption) for k, caption in enumerate(seen_captions(call, n))]
+
 
 # %% ../nbs/23_presets.ipynb #bb24614f
 def config_for_model(

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['COLOURS', 'RADII', 'SHAPES', 'POSITIONS', 'unit_area', 'Scene', 'find_caption', 'all_scenes', 'by_caption',
            'split_scenes', 'hold_out', 'signed_distance', 'coverage', 'paint', 'draw', 'nearest_colour', 'find_object',
-           'centre', 'nearest_shape', 'read_scene', 'caption_agreement']
+           'centre', 'nearest_shape', 'read_scene', 'caption_agreement', 'half_caption']
 
 # %% ../nbs/19_shapes.ipynb #0de9aec3
+import re
 from dataclasses import astuple, dataclass, fields
 from functools import cache
 from itertools import product
@@ -183,3 +184,11 @@ def caption_agreement(
     hits = np.array([[got is not None and a == b for a, b in zip(astuple(got or want), astuple(want))]
                      for got, want in zip(map(read, samples), wanted, strict=True)])
     return dict(zip([f.name for f in fields(wanted[0])], hits.mean(0).tolist()), all=hits.all(1).mean().item())
+
+# %% ../nbs/19_shapes.ipynb #080e60dc
+def half_caption(
+    caption:str,  # of a picture or a clip of the tiny world
+):                # str
+    "Colour and shape alone: “a small red circle at the left on a white background” becomes “a red circle”"
+    colour, shape = re.match(r'an? (?:small |large )?(\w+) (\w+)', caption).groups()
+    return f'{"an" if colour[0] in "aeiou" else "a"} {colour} {shape}'
