@@ -200,7 +200,7 @@ def ablations_bench(
         with ExitStack() as stack:
             run = stack.enter_context(apply_spectrum(pipe, config, feature='output' if feature == 'output' else 'hidden', measure=False)) if config else None
             if feature == 'residual': stack.enter_context(forecasting_residual(pipe, config))
-            samples = pipe(captions, num_inference_steps=n_steps, generator=[torch.Generator().manual_seed(s) for s in seeds], output_type='np', **call | ({} if guidance is None else dict(guidance_scale=guidance)))[0]
+            samples = pipe(prompt=captions, num_inference_steps=n_steps, generator=[torch.Generator().manual_seed(s) for s in seeds], output_type='np', **call | ({} if guidance is None else dict(guidance_scale=guidance)))[0]
         return samples, len(next(iter(passes_of(run.stats).values()))) if run else n_steps
     full[50, None, 'own'] = draw(50, None, 'own')[0]
     for v in tqdm(variants(levels_of(own), factors, bases), desc=model):

@@ -142,7 +142,7 @@ def step_seconds(
     watch = [d.register_forward_pre_hook(begin) for d in find_denoisers(pipe).values()]
     try:
         with apply_spectrum(pipe, config) if config else nullcontext() as run:
-            out = pipe(list(prompts), num_inference_steps=n_steps, generator=[torch.Generator().manual_seed(int(s)) for s in seeds], output_type=output_type, callback_on_step_end=at_step, **call)
+            out = pipe(prompt=list(prompts), num_inference_steps=n_steps, generator=[torch.Generator().manual_seed(int(s)) for s in seeds], output_type=output_type, callback_on_step_end=at_step, **call)
     finally: [w.remove() for w in watch]
     passes = len(next(iter(passes_of(run.stats).values()))) if run else n_steps
     return np.subtract(ends, starts[:-1]), passes, out[0]

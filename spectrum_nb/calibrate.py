@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from scipy.stats import gmean
@@ -376,12 +377,16 @@ class Calibration:
         n_steps:int,  # steps of its run
         call=None,    # arguments of its call
     ):
-        "A `ValueError` if the calibration is of another model, scheduler or number of steps; a warning for another size or guidance"
+        "A `ValueError` if the calibration is of another model, scheduler or number of steps; a warning for another size, guidance or precision"
         here = set_up(pipe, n_steps, call or {})
-        for key in ('pipeline', 'denoiser', 'parameters', 'scheduler', 'n_steps'):
+        for key in ('pipeline', 'denoiser', 'scheduler', 'n_steps'):
             if here[key] != self.about.get(key): raise ValueError(f'the calibration is for {key} {self.about.get(key)!r}, not {here[key]!r}; calibrate this set-up by itself')
+        was, model = self.about.get('denoiser_config', {}), here['denoiser_config']
+        if other := [f'{k} was {was[k]!r}, is {v!r}' for k, v in model.items() if was.get(k, v) != v]: raise ValueError(f'the denoiser is another one than was calibrated ({", ".join(other)}); calibrate this set-up by itself')
         if other := [k for k, v in here['scheduler_config'].items() if self.about['scheduler_config'].get(k, v) != v]: raise ValueError(f'the scheduler is set otherwise than when it was calibrated ({", ".join(other)}); calibrate this set-up by itself')
-        if other := {k: (self.about['call'].get(k), v) for k, v in here['call'].items() if self.about['call'].get(k, v) != v}:
+        other = {k: (self.about['call'].get(k), v) for k, v in here['call'].items() if self.about['call'].get(k, v) != v}
+        if self.about.get('dtype', here['dtype']) != here['dtype']: other['dtype'] = self.about['dtype'], here['dtype']
+        if other:
             warnings.warn('calibrated with other settings: ' + ', '.join(f'{k}={a!r}, now {b!r}' for k, (a, b) in other.items()) + '; plans are not the best any more, how much worse is measured on the page "calibrated"', stacklevel=2)
 
 def set_up(
@@ -392,13 +397,14 @@ def set_up(
     "What a calibration is of"
     denoiser, = find_denoisers(pipe).values()
     plain = lambda d: {k: v for k, v in d.items() if isinstance(v, str | int | float | bool) and not k.startswith('_')}
-    return dict(pipeline=type(pipe).__name__, denoiser=type(denoiser).__name__, parameters=sum(p.numel() for p in denoiser.parameters()), scheduler=type(pipe.scheduler).__name__,
+    listed = lambda d: plain({k: str(list(v)) if isinstance(v, list | tuple) else v for k, v in d.items()})
+    return dict(pipeline=type(pipe).__name__, denoiser=type(denoiser).__name__, denoiser_config=listed(getattr(denoiser, 'config', {})), dtype=str(pipe.dtype), scheduler=type(pipe.scheduler).__name__,
                 scheduler_config=plain(pipe.scheduler.config), n_steps=n_steps, call=plain(call))
 
 # %% ../nbs/28_calibrate.ipynb #f3a3ff30
 def sample_once(pipe, prompt, seed, n_steps, call):
     "One latent sample of one prompt and seed"
-    return pipe(prompt, num_inference_steps=n_steps, generator=torch.Generator().manual_seed(int(seed)), output_type='latent', **call)[0]
+    return pipe(prompt=prompt, num_inference_steps=n_steps, generator=torch.Generator().manual_seed(int(seed)), output_type='latent', **call)[0]
 
 def record_one(pipe, prompt, seed, n_steps, call, sketch, n_probes):
     "What one full run tells, and disturbed ones: tensors by name"
@@ -430,6 +436,7 @@ def kept(path, make):
 
 def digest(x):
     "Anything as something that JSON holds, the same for the same"
+    if isinstance(x, Image.Image): return [list(x.size), hashlib.sha256(x.convert('RGBA').tobytes()).hexdigest()]
     if isinstance(x, torch.Tensor | np.ndarray): return [list(x.shape), hashlib.sha256(torch.as_tensor(x).detach().float().cpu().numpy().tobytes()).hexdigest()]
     if isinstance(x, dict): return {str(k): digest(v) for k, v in x.items()}
     if isinstance(x, list | tuple): return [digest(v) for v in x]

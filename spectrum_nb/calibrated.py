@@ -100,7 +100,7 @@ def foretold_bench(
     pipe, calibration = load_pipeline(model, device), shipped_calibration(model, n_steps)
     pipe.set_progress_bar_config(disable=True)
     call = call_defaults(pipe, model)
-    def sample(): return pipe(held_captions(call, n_prompts), num_inference_steps=n_steps, generator=[torch.Generator().manual_seed(3000 + i) for i in range(n_prompts)], output_type='latent', **call)[0]
+    def sample(): return pipe(prompt=held_captions(call, n_prompts), num_inference_steps=n_steps, generator=[torch.Generator().manual_seed(3000 + i) for i in range(n_prompts)], output_type='latent', **call)[0]
     full, rows = sample(), []
     for name, searched, plan in tqdm(many_plans(calibration, budgets), desc=model):
         with apply_spectrum(pipe, plan, measure=False): off = [relative_distance(a, b) for a, b in zip(sample(), full)]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST', 'TABLES', 'SIZED', 'COMMANDS', 'check_counts', 'check_settings', 'check_name', 'config_of', 'forecaster_of',
-           'plan_of', 'is_ours', 'said_of', 'demo', 'sample', 'call_of', 'frames_a_second', 'run', 'compare',
-           'calibrate', 'bench', 'train', 'main']
+           'plan_of', 'is_ours', 'said_of', 'demo', 'sample', 'call_of', 'picture_of', 'frames_a_second', 'run',
+           'compare', 'calibrate', 'bench', 'train', 'main']
 
 # %% ../nbs/39_cli.ipynb #6e7e7c58
 import inspect, json, sys, traceback
@@ -19,10 +19,11 @@ import numpy as np
 from accelerate import PartialState
 from fastcore.meta import delegates
 from fastcore.script import anno_parser, call_parse
+from PIL import Image
 
 from .ablations import ablations_bench
 from .bench import forecast_bench, loops_bench, provenance, save_json
-from .calibrate import Calibration, calibration_file, forget_kept, record, shipped_calibration, try_plans
+from .calibrate import Calibration, calibration_file, digest, forget_kept, record, shipped_calibration, try_plans
 from .calibrated import BUDGETS, calibrated_bench, foretold_bench, transfer_bench
 from .cost import cost_jobs
 from .features import features_bench
@@ -177,6 +178,7 @@ def sample(
     width:int=None,          # pixels; by default the model's
     frames:int=None,         # of a clip; by default the model's
     fps:int=None,            # frames a second of a clip; by default the model's
+    image:str='',            # file of a picture, for pipelines that begin from one or change it
     device:str=None,         # cpu, cuda, …; by default a GPU if there is one
     out:str='sample',        # file of the sample, by its nature a .png or an .mp4; its statistics go beside it as .json
     **kwargs
@@ -190,20 +192,27 @@ def sample(
     if path.suffix not in ('', '.png', '.mp4'): raise ValueError(f'a sample cannot be saved as {path.suffix!r}; pictures become .png, clips .mp4')
     config = config_of(steps, **kwargs)
     pipe = load_pipeline(model, device)
-    call = call_of(pipe, model, guidance, height, width, frames)
+    call = call_of(pipe, model, guidance, height, width, frames, image)
     if plan: config = plan_of(plan, kwargs.get('passes'), kwargs.get('speedup'), pipe, model, steps, call)
     drawn, ran = make_sample(pipe, prompt, seed, steps, config, call)
     file = save_sample(drawn, path.with_suffix(''), fps or frames_a_second(model))
-    save_json(dict(prompt=prompt, model=model, seed=seed, steps=steps, config=said_of(config, plan), call=call) | ran | provenance(pipe.device), file.with_suffix('.json'))
+    save_json(dict(prompt=prompt, model=model, seed=seed, steps=steps, config=said_of(config, plan), call=digest(call)) | ran | provenance(pipe.device), file.with_suffix('.json'))
     for r in ran['runs']: print(f'{len(r["passes"])} passes of {r["n_steps"]} steps' + (f', context {r["context"]}' if r['context'] else '') + (f', mean error of a forecast {np.mean(list(r["errors"].values())):.3f}' if r['errors'] else ''))
     print(f'{ran["seconds"]:.1f} s, {file.resolve()}')
 
-def call_of(pipe, model, guidance, height, width, frames):
+def call_of(pipe, model, guidance, height, width, frames, image=''):
     "The model's defaults, with what is given in their place; a `ValueError` for a side that leaves it nothing to draw"
     least = 2*(getattr(pipe, 'vae_scale_factor_spatial', None) or getattr(pipe, 'vae_scale_factor', 1))         # denoisers take latents in pairs
     for name, side in (('height', height), ('width', width)):
         if side is not None and side < least: raise ValueError(f'{name} must be >= {least} for this model, two latents of its VAE, not {side}')
-    return call_defaults(pipe, model) | {k: v for k, v in dict(guidance_scale=guidance, height=height, width=width, num_frames=frames).items() if v is not None}
+    return call_defaults(pipe, model) | {k: v for k, v in dict(guidance_scale=guidance, height=height, width=width, num_frames=frames, image=picture_of(pipe, image)).items() if v is not None}
+
+def picture_of(pipe, file):
+    "The picture in a file, None where no file is named; a `ValueError` for a pipeline that takes none"
+    if not file: return None
+    if 'image' not in inspect.signature(pipe.__call__).parameters: raise ValueError(f'{type(pipe).__name__} takes no image; leave --image out, or choose a model that begins from a picture')
+    try: return Image.open(file).convert('RGB')
+    except (OSError, ValueError) as e: raise ValueError(f'{file} is no picture that can be read: {first_line(e)}') from None
 
 def frames_a_second(model):
     "Of a preset; 16 for another model"
@@ -227,6 +236,7 @@ def run(
     width:int=None,          # pixels; by default the model's
     frames:int=None,         # of a clip; by default the model's
     fps:int=None,            # frames a second of a clip; by default the model's
+    image:str='',            # file of a picture, for pipelines that begin from one or change it
     device:str=None,         # cpu, cuda, …; by default one a process
     baseline:bool=False,     # also make the samples of full steps, in OUT/NAME/full, and measure against them
     exact:bool=False,        # keep clips without loss, too (FFV1), for compare
@@ -240,9 +250,9 @@ def run(
     config, folder = config_of(steps, **kwargs), Path(out)/name
     jobs, state = all_jobs(read_prompts(prompts, limit), range(seed, seed + seeds)), PartialState()
     pipe = load_pipeline(model, device or str(state.device))
-    call, fps = call_of(pipe, model, guidance, height, width, frames), fps or frames_a_second(model)
+    call, fps = call_of(pipe, model, guidance, height, width, frames, image), fps or frames_a_second(model)
     if plan: config = plan_of(plan, kwargs.get('passes'), kwargs.get('speedup'), pipe, model, steps, call)
-    settings = dict(model=model, steps=steps, config=said_of(config, plan), call=call) | (dict(fps=fps) if 'num_frames' in inspect.signature(pipe.__call__).parameters else {})
+    settings = dict(model=model, steps=steps, config=said_of(config, plan), call=digest(call)) | (dict(fps=fps) if 'num_frames' in inspect.signature(pipe.__call__).parameters else {})
     if baseline: sample_all(pipe, jobs, folder/'full', settings | dict(config=None), steps, call=call, fps=fps, exact=True)
     state.wait_for_everyone()
     made, kept, failed = sample_all(pipe, jobs, folder, settings, steps, config, call, fps, folder/'full' if baseline else None, exact)
@@ -283,6 +293,7 @@ def calibrate(
     height:int=None,         # pixels; by default the model's
     width:int=None,          # pixels; by default the model's
     frames:int=None,         # of a clip; by default the model's
+    image:str='',            # file of a picture, for pipelines that begin from one or change it
     device:str=None,         # cpu, cuda, …; by default a GPU if there is one
 ):
     "Record full runs and find the best plans for a model, sampler and number of steps; interrupted, the same command goes on"
@@ -297,7 +308,7 @@ def calibrate(
     texts = read_prompts(prompts, limit) if prompts else None
     pipe = load_pipeline(model, device)
     pipe.set_progress_bar_config(disable=True)
-    call = call_of(pipe, model, guidance, height, width, frames)
+    call = call_of(pipe, model, guidance, height, width, frames, image)
     if texts is None:
         if not is_ours(model): raise ValueError('which prompts? give a text file, one prompt a line, with --prompts; four will do')
         texts = seen_captions(call, limit)

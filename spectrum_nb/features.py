@@ -33,7 +33,7 @@ def run_features(
     def watch(context, step, feature):
         if context != 'uncond': seen[step] = feature[0].detach()[-len(captions):].double().cpu()      # of guidance in one batch, the second half
     with apply_spectrum(pipe, Plan(range(n_steps), np.eye(n_steps)), measure=False, watch=watch):
-        samples = pipe(list(captions), num_inference_steps=n_steps, generator=[torch.Generator().manual_seed(int(s)) for s in seeds], output_type='np', **call)[0]
+        samples = pipe(prompt=list(captions), num_inference_steps=n_steps, generator=[torch.Generator().manual_seed(int(s)) for s in seeds], output_type='np', **call)[0]
     h = torch.stack([seen[i] for i in range(n_steps)])
     return (h.flatten(3).mT if h.ndim == 5 else h).numpy(), samples
 

@@ -90,7 +90,8 @@ def draw(
     own, pipe.scheduler = pipe.scheduler, method.scheduler
     handle = apply_spectrum(pipe, method.config, measure=False) if method.config is not None else None
     generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
-    try: out = pipe(list(prompts), num_inference_steps=method.steps, generator=generators, output_type='np', **call)[0]
+    given = dict(prompt=list(prompts), num_inference_steps=method.steps, generator=generators, output_type='np')
+    try: out = pipe(**given, **call)[0]
     finally:
         if handle: handle.remove()
         pipe.scheduler = own

@@ -76,7 +76,7 @@ def make_sample(
     "Sample one prompt, with or without Spectrum; the pipeline comes back as it was"
     handle = apply_spectrum(pipe, config) if config is not None else None
     start = now()
-    try: out = pipe(prompt, num_inference_steps=n_steps, generator=torch.Generator().manual_seed(seed), output_type='np', **call)
+    try: out = pipe(prompt=prompt, num_inference_steps=n_steps, generator=torch.Generator().manual_seed(seed), output_type='np', **call)
     finally:
         if handle: handle.remove()
     sample = out.frames[0] if hasattr(out, 'frames') else out.images[0]

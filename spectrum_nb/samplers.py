@@ -39,7 +39,7 @@ def try_sampler(
     prompts, (denoiser,), calls = held_captions(call, n_samples), find_denoisers(pipe).values(), []
     def sample(n=n_steps):
         calls.clear(); torch.manual_seed(0)                                            # some schedulers draw noise without the generator
-        return pipe(prompts, num_inference_steps=n, generator=[torch.Generator().manual_seed(i) for i in range(n_samples)], output_type='np', **call)[0]
+        return pipe(prompt=prompts, num_inference_steps=n, generator=[torch.Generator().manual_seed(i) for i in range(n_samples)], output_type='np', **call)[0]
     watch = denoiser.register_forward_pre_hook(lambda *_: calls.append(1))
     try:
         full, n_calls = sample(), len(calls)
