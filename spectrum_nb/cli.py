@@ -8,7 +8,7 @@ __all__ = ['MOST', 'TABLES', 'SIZED', 'COMMANDS', 'check_counts', 'check_setting
            'compare', 'calibrate', 'bench', 'train', 'main']
 
 # %% ../nbs/39_cli.ipynb #6e7e7c58
-import inspect, json, sys, traceback
+import inspect, json, sys, traceback, warnings
 from dataclasses import replace
 from functools import partial
 from numbers import Integral, Real
@@ -32,7 +32,8 @@ from .hard import early_jobs, few_jobs, forms_jobs, hard_jobs
 from .forecast import FORECASTERS, Blend, Chebyshev, check_number, name_of
 from .peers import peers_bench
 from .plan import Plan, SpectrumConfig, config_for_passes, make_plan
-from .presets import TINY, call_defaults, check_device, find_preset, first_line, held_captions, load_pipeline, read_json, seen_captions
+from .presets import (TINY, call_defaults, check_device, config_for_model, find_preset, first_line, held_captions,
+                                 load_pipeline, mixed_captions, read_json, seen_captions)
 from .real_size import real_size_jobs
 from .rivals import Method, all_methods, as_text, comparison_figure, quality_bench, run_methods, summary
 from .runs import all_jobs, compare_folders, comparison_strip, make_sample, read_prompts, sample_all, save_sample, summarise
@@ -61,9 +62,10 @@ def check_name(option, path):
 # %% ../nbs/39_cli.ipynb #41d10e0a
 def config_of(
     steps,
+    model,
     speedup:float=None,      # steps ÷ passes, at least; by default 3.5
     passes:int=None,         # or the number of passes
-    schedule:str=None,       # quantiles, which is the default, even, noise, power or growing, also called paper
+    schedule:str=None,       # quantiles, even, noise, power or growing, also called paper; by default the preset's, or quantiles
     alpha:float=None,        # growth of the growing gaps; 0.75 (authors: flex_window)
     window:float=None,       # the first of the growing gaps; 2 (authors: window_size)
     warmup:int=None,         # passes at the start; 1, of power 3, of growing 5 (authors: warmup_steps)
@@ -72,7 +74,7 @@ def config_of(
     lam:float=None,          # ridge strength of the same; 0.1 (authors: lam)
     blend:float=None,        # share of the Chebyshev forecast in blend, the rest a line; 0.15, of growing 0.5 (authors: w)
 ):
-    "The `SpectrumConfig` of the options that are given; alpha and window ask for growing gaps"
+    "The `SpectrumConfig` of the options that are given, else of the model's preset; alpha and window ask for growing gaps"
     check_counts(passes=passes)
     words, grown = (*SCHEDULES, 'paper'), {k: v for k, v in dict(alpha=alpha, window=window).items() if v is not None}
     if schedule not in (None, *words): raise ValueError(f'schedule must be one of {", ".join(words)}, not {schedule!r}')
@@ -85,7 +87,7 @@ def config_of(
     if growing and speedup is not None: passes, speedup = passes_for(speedup, steps), None
     if passes and alpha is not None:
         raise ValueError('alpha says how many passes there are; leave it out, or passes and speedup')
-    default = SpectrumConfig()
+    default = config_for_model(model)
     empty = Growing() if growing else SCHEDULES[schedule]() if schedule else default.schedule
     places = replace(empty, **grown | ({} if warmup is None else dict(warmup=warmup)))
     forecast = forecaster_of(forecaster, degree, lam, blend, Blend(.5) if growing else default.forecaster)
@@ -117,9 +119,9 @@ def forecaster_of(
     return base
 
 # %% ../nbs/39_cli.ipynb #cd2c31bf
-def plan_of(plan, passes, speedup, pipe, model, steps, call):
+def plan_of(plan, passes, speedup, pipe, model, steps, call, published=False):
     "The `Plan` of a calibration that is of this set-up: of a file, or `shipped` with the model"
-    calibration = shipped_calibration(model, steps) if plan == 'shipped' else Calibration.load(plan)
+    calibration = shipped_calibration(model, steps, published) if plan == 'shipped' else Calibration.load(plan)
     calibration.check(pipe, steps, call)
     return calibration.plan(passes) if passes else calibration.plan(speedup=speedup or SPEEDUP)
 
@@ -142,6 +144,7 @@ def demo(
     blend:float=.5,          # share of the Chebyshev forecast, 1 being the paper's
     plan:str='',             # calibration whose plans stand beside the paper's schedule: a file; by default the one that ships for so many steps, if there is one
     passes:int=None,         # of the calibrated plan and of the default; by default as many as the paper's schedules
+    published:bool=False,    # a tiny model at the guidance scale that its checkpoint is published with, which is harder
     out:str='spectrum_demo', # folder for the picture and the table
 ):
     "Full run, calibrated plans, the default, the paper's at α = 0.75 and α = 3, and plainly fewer steps: same prompts, same seeds, side by side"
@@ -149,13 +152,13 @@ def demo(
     if not is_ours(model):
         raise ValueError(f'the demo draws captions of the tiny models\' world; choose one of {", ".join(TINY)} or the folder of one that you trained; draw your own prompts with sample or run')
     pipe = load_pipeline(model)
-    call = call_defaults(pipe, model)
+    call = call_defaults(pipe, model, published)
     captions = held_captions(call, prompts)*seeds
     methods = all_methods(pipe, steps, blends=(blend,))
     budgets = [passes] if passes else sorted({len(make_plan(m.config, steps).passes) for m in methods if isinstance(m.config, SpectrumConfig)}, reverse=True)
     methods[1:1] = [Method('default', steps, config_for_passes(k, steps), pipe.scheduler) for k in budgets]
-    if plan or calibration_file(model, steps).is_file():
-        methods[1:1] = [Method('calibrated', steps, plan_of(plan or 'shipped', k, None, pipe, model, steps, call), pipe.scheduler) for k in budgets]
+    if plan or calibration_file(model, steps, published).is_file():
+        methods[1:1] = [Method('calibrated', steps, plan_of(plan or 'shipped', k, None, pipe, model, steps, call, published), pipe.scheduler) for k in budgets]
     results = run_methods(pipe, captions, [1000 + i for i in range(len(captions))], call, methods)
     rows = summary(results, captions)
     where = f'{model}, {len(captions)} samples, one batch, {call}; quality against the {steps}-step run of the same seeds, mean ± deviation over samples'
@@ -174,6 +177,7 @@ def sample(
     plan:str='',             # where the passes are: a calibration's JSON, or `shipped` for the one that lies beside the model's weights; else as the schedule says
     seed:int=0,              # seed of the noise
     guidance:float=None,     # guidance scale; by default the model's
+    published:bool=False,    # a tiny model at the guidance scale that its checkpoint is published with, unless guidance says another
     height:int=None,         # pixels; by default the model's
     width:int=None,          # pixels; by default the model's
     frames:int=None,         # of a clip; by default the model's
@@ -190,22 +194,22 @@ def sample(
     check_name('out', out)
     path = Path(out)
     if path.suffix not in ('', '.png', '.mp4'): raise ValueError(f'a sample cannot be saved as {path.suffix!r}; pictures become .png, clips .mp4')
-    config = config_of(steps, **kwargs)
+    config = config_of(steps, model, **kwargs)
     pipe = load_pipeline(model, device)
-    call = call_of(pipe, model, guidance, height, width, frames, image)
-    if plan: config = plan_of(plan, kwargs.get('passes'), kwargs.get('speedup'), pipe, model, steps, call)
+    call = call_of(pipe, model, guidance, published, height, width, frames, image)
+    if plan: config = plan_of(plan, kwargs.get('passes'), kwargs.get('speedup'), pipe, model, steps, call, published)
     drawn, ran = make_sample(pipe, prompt, seed, steps, config, call)
     file = save_sample(drawn, path.with_suffix(''), fps or frames_a_second(model))
     save_json(dict(prompt=prompt, model=model, seed=seed, steps=steps, config=said_of(config, plan), call=digest(call)) | ran | provenance(pipe.device), file.with_suffix('.json'))
     for r in ran['runs']: print(f'{len(r["passes"])} passes of {r["n_steps"]} steps' + (f', context {r["context"]}' if r['context'] else '') + (f', mean error of a forecast {np.mean(list(r["errors"].values())):.3f}' if r['errors'] else ''))
     print(f'{ran["seconds"]:.1f} s, {file.resolve()}')
 
-def call_of(pipe, model, guidance, height, width, frames, image=''):
+def call_of(pipe, model, guidance, published, height, width, frames, image=''):
     "The model's defaults, with what is given in their place; a `ValueError` for a side that leaves it nothing to draw"
     least = 2*(getattr(pipe, 'vae_scale_factor_spatial', None) or getattr(pipe, 'vae_scale_factor', 1))         # denoisers take latents in pairs
     for name, side in (('height', height), ('width', width)):
         if side is not None and side < least: raise ValueError(f'{name} must be >= {least} for this model, two latents of its VAE, not {side}')
-    return call_defaults(pipe, model) | {k: v for k, v in dict(guidance_scale=guidance, height=height, width=width, num_frames=frames, image=picture_of(pipe, image)).items() if v is not None}
+    return call_defaults(pipe, model, published) | {k: v for k, v in dict(guidance_scale=guidance, height=height, width=width, num_frames=frames, image=picture_of(pipe, image)).items() if v is not None}
 
 def picture_of(pipe, file):
     "The picture in a file, None where no file is named; a `ValueError` for a pipeline that takes none"
@@ -232,6 +236,7 @@ def run(
     steps:int=50,            # denoising steps
     plan:str='',             # where the passes are: a calibration's JSON, or `shipped` for the one that lies beside the model's weights; else as the schedule says
     guidance:float=None,     # guidance scale; by default the model's
+    published:bool=False,    # a tiny model at the guidance scale that its checkpoint is published with, unless guidance says another
     height:int=None,         # pixels; by default the model's
     width:int=None,          # pixels; by default the model's
     frames:int=None,         # of a clip; by default the model's
@@ -247,11 +252,11 @@ def run(
     check_counts(limit=limit, steps=steps)
     check_settings(guidance, height, width, frames, fps, seed, seeds)
     if Path(name).name != name or name in ('', '..'): raise ValueError(f'the name of an experiment is one folder, not {name!r}')
-    config, folder = config_of(steps, **kwargs), Path(out)/name
+    config, folder = config_of(steps, model, **kwargs), Path(out)/name
     jobs, state = all_jobs(read_prompts(prompts, limit), range(seed, seed + seeds)), PartialState()
     pipe = load_pipeline(model, device or str(state.device))
-    call, fps = call_of(pipe, model, guidance, height, width, frames, image), fps or frames_a_second(model)
-    if plan: config = plan_of(plan, kwargs.get('passes'), kwargs.get('speedup'), pipe, model, steps, call)
+    call, fps = call_of(pipe, model, guidance, published, height, width, frames, image), fps or frames_a_second(model)
+    if plan: config = plan_of(plan, kwargs.get('passes'), kwargs.get('speedup'), pipe, model, steps, call, published)
     settings = dict(model=model, steps=steps, config=said_of(config, plan), call=digest(call)) | (dict(fps=fps) if 'num_frames' in inspect.signature(pipe.__call__).parameters else {})
     if baseline: sample_all(pipe, jobs, folder/'full', settings | dict(config=None), steps, call=call, fps=fps, exact=True)
     state.wait_for_everyone()
@@ -283,13 +288,14 @@ def compare(
 def calibrate(
     out:str='plan.json',     # file of the calibration
     model:str='tiny-flux',   # a preset, a folder or a hub id
-    prompts:str='',          # text file, UTF-8, one prompt a line; by default, for a tiny model, captions that its training saw
+    prompts:str='',          # text file, UTF-8, one prompt a line; by default, for a tiny model, captions that its training saw, with --published some of them cut to a half or to nothing
     limit:int=8,             # use only the first prompts
     seed:int=0,              # first seed; one a prompt
     steps:int=50,            # denoising steps
     passes:str='14,10,8',    # budgets for which plans are tried out; others are foretold only
     trials:int=8,            # prompts of a trial, at most; 0 tries nothing
     guidance:float=None,     # guidance scale; by default the model's
+    published:bool=False,    # a tiny model at the guidance scale that its checkpoint is published with, unless guidance says another
     height:int=None,         # pixels; by default the model's
     width:int=None,          # pixels; by default the model's
     frames:int=None,         # of a clip; by default the model's
@@ -308,19 +314,25 @@ def calibrate(
     texts = read_prompts(prompts, limit) if prompts else None
     pipe = load_pipeline(model, device)
     pipe.set_progress_bar_config(disable=True)
-    call = call_of(pipe, model, guidance, height, width, frames, image)
+    call = call_of(pipe, model, guidance, published, height, width, frames, image)
     if texts is None:
         if not is_ours(model): raise ValueError('which prompts? give a text file, one prompt a line, with --prompts; four will do')
-        texts = seen_captions(call, limit)
+        texts = (mixed_captions if published else seen_captions)(call, limit)
     keep = Path(f'{out}.parts')           # what is done, should this be interrupted
     made = record(pipe, texts, steps, range(seed, seed + len(texts)), keep=keep, **call)
     if trials and budgets: made = try_plans(pipe, made, budgets, n_prompts=trials, keep=keep, **call)
     file = made.save(out)
     forget_kept(keep)
     for k in budgets:
-        best = made.plan(k)
-        print(f'{k} passes: foretold error {made.predicted_error(best):.3f}' + ''.join(f', measured {t.measured:.3f}' for t in made.trials if t.passes == tuple(best.passes) and best.name.endswith(str(t.forecaster))) + f'; {best.name}, {" ".join(map(str, best.passes))}')
+        with warnings.catch_warnings():            # what `plan` warns of is printed below
+            warnings.simplefilter('ignore')
+            best = made.plan(k)
+        tried = [t.measured for t in made.trials if t.passes == tuple(best.passes) and best.name.endswith(str(t.forecaster))]
+        print(f'{k} passes: foretold error {made.predicted_error(best):.3f}' + ''.join(f', measured {m:.3f}' for m in tried)
+              + f'; {best.name}, {" ".join(map(str, best.passes))}')
+        if steps_ := made.nearer_steps(k): print(f'  {k} {steps_.sampler} are nearer ({steps_.measured:.3f}): take those, or more passes')
     print(file.resolve())
+
 
 # %% ../nbs/39_cli.ipynb #8360fbcf
 @call_parse
