@@ -154,7 +154,7 @@ class Run:
         "Follow `plan` from step `start` on, with an empty history"
         self.plan, self.start, self.histories = plan, start, []
         line = plan.damping
-        self.steadiness = None if line is None else Steadiness(line.trust, line.first, line.memory)
+        self.steadiness = None if line is None else Steadiness(line.trust, line.base, line.first, line.memory)
 
     def in_any(self, flag):
         "Whether something holds here or in another process of the meshes: a block that one process runs and another skips would wait for ever"
