@@ -10,8 +10,8 @@ __all__ = ['TIMES', 'BareRun', 'UNTOLD', 'Sight', 'NOISY', 'Moment', 'CallClock'
 # %% ../nbs/08_clock.ipynb #3c1b87f1
 import math, sys, weakref
 from collections import namedtuple
-from dataclasses import dataclass
 from threading import get_ident
+from typing import NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline, ModularPipeline, SchedulerMixin
@@ -21,8 +21,7 @@ from torch import nn
 from .schedule import noise_shares
 
 # %% ../nbs/08_clock.ipynb #6e331582
-@dataclass(frozen=True)
-class Moment:
+class Moment(NamedTuple):
     "When a call of a denoiser happens"
     run:object      # an object that is one and the same during a run, and another in the next
     n_steps:int     # steps of the run, or of the denoiser's share of it

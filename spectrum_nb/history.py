@@ -29,15 +29,16 @@ def weighted_sum(
 ):             # [*shape] tensor of the same dtype and device
     "Σ_k weights[k] · features[k], accumulated in float32 (float64 for float64 features), rounded once"
     weights = torch.as_tensor(weights, dtype=torch.float64, device=features.device)
-    K, n = len(features), features[0].numel()
+    K, n = len(features), features.shape[1:].numel()
     block = math.gcd(n, BLOCK)
     if block < 64 or not n:                          # an odd number of elements makes no table: copy, convert, multiply
         wide = torch.promote_types(features.dtype, torch.float32)
         return torch.mv(features.reshape(K, n).to(wide).T, weights.to(wide)).to(features.dtype).view(features.shape[1:])
     parts, n_blocks = in_two(weights, features.dtype), n//block
-    rows = torch.arange(K, device=features.device).repeat(len(parts)//K)*n_blocks
-    bags = rows + torch.arange(n_blocks, device=features.device)[:, None]
-    total = F.embedding_bag(bags, features.view(K*n_blocks, block), mode='sum', per_sample_weights=parts.expand(n_blocks, -1).contiguous())
+    bags = torch.arange(K*n_blocks, device=features.device).view(K, n_blocks).T
+    if len(parts) > K: bags = torch.cat([bags, bags], dim=1)                 # of weights in two parts
+    table = features.view(K*n_blocks, block)
+    total = F.embedding_bag(bags, table, mode='sum', per_sample_weights=parts.expand(n_blocks, -1).contiguous())
     return total.view(features.shape[1:])
 
 # %% ../nbs/06_history.ipynb #f13408bf

@@ -155,6 +155,7 @@ class Run:
         self.plan, self.start, self.histories = plan, start, []
         line = plan.damping
         self.steadiness = None if line is None else Steadiness(line.trust, line.first, line.memory)
+        self.follows = [False]*plan.n_steps if line is None else plan.slopes.any(1).tolist()    # steps at which a line is followed
 
     def in_any(self, flag):
         "Whether something holds here or in another process of the meshes: a block that one process runs and another skips would wait for ever"
@@ -173,8 +174,9 @@ class Run:
 
     def weigh(self, rows, i):
         "The tensors of the feature that row i of the plan's weights or checks makes, or None if a pass that it needs is missing"
-        row, slope = rows[i - self.start], self.plan.slopes[i - self.start]
-        if self.steadiness is None or not slope.any(): h = [h.forecast(row) for h in self.histories]
+        at = i - self.start
+        row, slope = rows[at], self.plan.slopes[at]
+        if not self.follows[at]: h = [h.forecast(row) for h in self.histories]
         else: h = [h.damped(row, slope, self.steadiness.damping) for h in self.histories]
         return None if not h or any(x is None for x in h) else h
 
