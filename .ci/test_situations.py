@@ -44,6 +44,8 @@ PASSES = make_plan(PAPER, N).passes
 
 class Toy(ToyDenoiser, CacheMixin): "A denoiser whose answer is 2·(x + 3t), with contexts"
 
+class Cancelled(Exception): "Somebody presses the button"
+
 class Shell(nn.Module):
     "Hands calls and unknown attributes on to what it wraps"
     def __init__(self, inner): super().__init__(); self.inner = inner
@@ -96,9 +98,9 @@ def test_a_shell_that_hands_attributes_on_works_and_is_left_as_it_was(depth, reg
     if registry:
         with shell.cache_context('before'): shell(torch.ones(2, 4), 0.)
     before, plain = state_of(shell), loop(shell, range(3))
-    with pytest.raises(KeyError), apply_spectrum(shell, PAPER, N) as run:
+    with pytest.raises(Cancelled), apply_spectrum(shell, PAPER, N) as run:
         assert right(loop(shell), range(N)) and [s.passes for s in run.stats] == [PASSES]
-        raise KeyError
+        raise Cancelled
     assert state_of(shell) == before and callable(toy.forward) and all(torch.equal(a, b) for a, b in zip(loop(shell, range(3)), plain))
 
 @pytest.mark.parametrize('name, key', [('tiny-sdxl', 'unet'), ('tiny-flux', 'transformer'), ('tiny-wan', 'transformer')])
@@ -388,7 +390,7 @@ def test_a_gradient_through_a_forecast_is_refused_when_it_is_asked_for(feature, 
 
 @pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
 def test_without_gradients_nothing_is_asked(mode, monkeypatch):
-    monkeypatch.setattr('spectrum_nb.hook.wants_gradient', None)
+    monkeypatch.setattr('spectrum_nb.hook.with_gradient', None)
     model, call = small('FluxTransformer2DModel')
     with mode(), apply_spectrum(model, PAPER, N):
         for i in range(N): assert not model(**call | dict(timestep=torch.tensor([1 - i/N])))[0].requires_grad
@@ -576,62 +578,104 @@ def test_a_calibration_looks_at_the_model_and_not_at_what_adapters_add(flux):
 
 # Programs of what users do
 
-acts = st.lists(st.one_of(
-    st.tuples(st.just('run'), st.sampled_from(['down', 'up']), st.integers(2, 26)), st.tuples(st.just('cancel'), st.sampled_from(['down', 'up']), st.integers(2, 26)),
-    st.tuples(st.just('thread'), st.integers(0, 2), st.just(0)),
-    *[st.tuples(st.just(what), st.just(''), st.just(0)) for what in ('wrap', 'unwrap', 'swap', 'grad', 'adapter', 'copy', 'remove')]), min_size=1, max_size=12)
-
 class Adapted(Toy):
-    "A toy with what peft leaves: `peft_config`, and a shift that an adapter adds to what its blocks make"
-    def forward(self, hidden_states, timestep): return super().forward(hidden_states + (5. if vars(self).get('peft_config') else 0.), timestep)
+    "A toy with a condition, and with what peft leaves: `peft_config`, and a shift that an adapter adds to what its blocks make"
+    def forward(self, hidden_states, timestep, condition=0.):
+        return super().forward(hidden_states + condition + (5. if vars(self).get('peft_config') else 0.), timestep)
 
-@pytest.mark.skipif(not NIGHTLY, reason='not yet seen to end: its short form did not finish in 110 s on a busy machine')
-@examples(12, 10_000)
-@given(program=acts, seed=st.integers(0, 999))
-def test_programs_of_what_users_do_draw_what_they_draw_without(program, seed):
-    toys = [Adapted(), Adapted()]
-    before, plain, rng = [state_of(t) for t in toys], [Adapted(), Adapted()], np.random.default_rng(seed)
-    at, depth, grad, pools, where = 0, 0, False, [ThreadPoolExecutor(1) for _ in range(2)], 0
-    def shell():
-        module = toys[at]
-        for _ in range(depth): module = Shell(module)
-        return module
-    def apply(): return apply_spectrum(shell(), PAPER, N)
+class Line(diffusers.DiffusionPipeline):
+    "A pipeline whose denoiser is given one sample throughout, so that its answers lie on a line: 2·(x + condition + 3t)"
+    def __init__(self, transformer):
+        super().__init__()
+        self.register_modules(scheduler=diffusers.FlowMatchEulerDiscreteScheduler())
+        object.__setattr__(self, 'transformer', transformer)
+
+    def __call__(self, n, begin, tiles, copies, ask):
+        self.scheduler.set_timesteps(n)
+        self.scheduler.set_begin_index(begin)
+        timesteps, self.num_timesteps = self.scheduler.timesteps[begin:], n - begin
+        views = [copy.deepcopy(vars(self.scheduler)) for _ in range(tiles)] if copies else []
+        with self.progress_bar(total=len(timesteps)):
+            for i, t in enumerate(timesteps):
+                for k in range(tiles):
+                    if copies: vars(self.scheduler).update(views[k])
+                    ask(i, k, t/1000)
+                    if copies or k == tiles - 1: self.scheduler.step(torch.zeros(1, 4), t, torch.zeros(1, 4))
+                    if copies: views[k] = copy.deepcopy(vars(self.scheduler))
+
+lengths = st.integers(1, 26)
+runs = st.fixed_dictionaries(dict(n=lengths, seed=st.integers(0, 2), prompt=st.integers(0, 2), cut=st.none() | st.integers(0, 25), tiles=st.sampled_from([1, 1, 1, 2, 3]),
+                                  copies=st.booleans(), begin=st.sampled_from([0, 0, 0, 3]), adapter=st.none() | st.integers(1, 25)))
+acts = st.lists(st.one_of(runs, runs, runs, st.tuples(st.just('thread'), st.integers(0, 2)),
+                          *[st.tuples(st.just(what), st.just(0)) for what in ('wrap', 'unwrap', 'swap', 'grad', 'adapter', 'scheduler', 'copy', 'remove')]), min_size=1, max_size=10)
+
+@examples(150, 10_000)
+@given(program=acts, bare=st.booleans(), rises=st.booleans())
+def test_programs_of_what_users_do_draw_what_they_draw_without(program, bare, rises):
+    toys, config = [Adapted(), Adapted()], SpectrumConfig.paper(blend=0, warmup=2)
+    pipe, threads, now = Line(toys[0]), [ThreadPoolExecutor(1) for _ in range(2)], SimpleNamespace(at=0, grad=False, thread=0, sure=True)
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn(3, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    left = lambda: [[([a for a in attributes if a[0] != 'peft_config'], *rest) for attributes, *rest in state_of(t)] for t in toys]
+    before = left()
+    def apply(): return apply_spectrum(pipe.transformer, config, N) if bare else apply_spectrum(pipe, config)
+    def toggle():
+        if 'peft_config' in vars(toy := toys[now.at]): del toy.peft_config
+        else: toy.peft_config = {'one': None}
+    def ask(run, i, k, t):
+        if i == run['cut']: raise Cancelled
+        if i == run['adapter'] and not k: toggle()
+        toy, x = toys[now.at], (noise[run['seed']] + k).requires_grad_(now.grad)
+        ran, recorded = toy.passes, torch.enable_grad() if now.grad else torch.no_grad()
+        prompt = run['seed'] if bare else run['prompt']              # a bare denoiser knows a run by its noise
+        with recorded: got = pipe.transformer(x, t, prompt)
+        want = 2*(x.detach() + prompt + (5 if 'peft_config' in vars(toy) else 0) + 3*t)
+        assert torch.allclose(got.detach(), want, atol=2e-3), (i, k, t, (got - want).abs().max())
+        if not now.grad: return
+        if toy.passes > ran: assert torch.equal(torch.autograd.grad(got.sum(), x)[0], torch.full_like(x, 2.))
+        else:
+            with pytest.raises(RuntimeError, match='a gradient was asked of a forecast'): torch.autograd.grad(got.sum(), x)
+    def draw(run):
+        if bare:
+            times = torch.linspace(1, 1/run['n'], run['n'])
+            if rises: times = times.flip(0)
+            for i, t in enumerate(times[run['begin']:]):
+                for k in range(run['tiles']): ask(run, i, k, t)
+        else: pipe(run['n'], min(run['begin'], run['n'] - 1), run['tiles'], run['copies'], lambda i, k, t: ask(run, i, k, t))
     handle = apply()
     try:
-        for what, how, n in program:
-            if what == 'thread': where = how
-            elif what == 'wrap': depth = min(depth + 1, 3)
-            elif what == 'unwrap': depth = max(depth - 1, 0)
-            elif what == 'grad': grad = not grad
-            elif what == 'remove': handle.remove(); assert [state_of(t) for t in toys] == before; handle = apply()
-            elif what == 'swap': handle.remove(); at = 1 - at; handle = apply()
-            elif what == 'adapter':
-                for t in (toys[at], plain[at]):
-                    if 'peft_config' in vars(t): del t.peft_config
-                    else: t.peft_config = {'one': None}
-                before[at] = [([e for e in attributes if e[0] != 'peft_config'], *rest) for attributes, *rest in before[at]]
-                if 'peft_config' in vars(toys[at]):                     # removal leaves it, and nothing else
-                    handle.remove(); before[at] = state_of(toys[at]); handle = apply()
-                else: handle.remove(); before[at] = state_of(toys[at]); handle = apply()
+        for act in program:
+            if isinstance(act, dict):
+                done, length = len(handle.stats), max(act['n'] - act['begin'], 1)
+                try: draw(act) if not now.thread else threads[now.thread - 1].submit(draw, act).result()
+                except Cancelled: continue
+                stats = handle.stats[done:]
+                if not bare and act['adapter'] is None: assert [(s.n_steps, s.passes) for s in stats] == [(length, make_plan(config, length).passes)]*act['tiles'] and not any(s.fallbacks for s in stats)
+                continue
+            what, which = act
+            if what == 'thread': now.thread = which
+            elif what == 'wrap': pipe.transformer = Shell(pipe.transformer)
+            elif what == 'unwrap': pipe.transformer = vars(pipe.transformer)['_modules'].get('inner', pipe.transformer)
+            elif what == 'grad': now.grad = not now.grad
+            elif what == 'adapter': toggle()
+            elif what == 'scheduler': pipe.scheduler = copy.deepcopy(pipe.scheduler)
             elif what == 'copy':
-                with pytest.raises(RuntimeError, match='cannot be copied'): copy.deepcopy(toys[at])
-            else:
-                times = np.linspace(10, 0, n + 1)[:-1] if how == 'down' else np.linspace(0, 10, n)
-                if what == 'cancel': times = times[:int(rng.integers(2, n + 1))]
-                x, done = torch.full((2, 4), float(rng.integers(-8, 9))), len(handle.stats)
-                x.requires_grad_(grad)
-                call = lambda t: shell()(x, float(t))
-                for t in times:
-                    ctx = contextlib.nullcontext() if grad else torch.no_grad()
-                    with ctx: got, want = call(t) if not where else pools[where - 1].submit(call, t).result(), plain[at](x, float(t))
-                    assert torch.allclose(got.detach(), want.detach(), atol=1e-3), (what, how, n, t)
-                if what == 'run' and n >= N: assert len(handle.stats) == done + 1
+                hooked = toys[now.at] if bare else handle._hooked[0][0]         # a swap is followed at the next call
+                with pytest.raises(RuntimeError, match='cannot be copied'): copy.deepcopy(hooked)
+            elif what == 'remove':
+                handle.remove()
+                assert left() == before
+                handle = apply()
+            elif what == 'swap':
+                if bare: handle.remove()
+                now.at = 1 - now.at
+                pipe.transformer = toys[now.at]
+                if bare: handle = apply()
         handle.remove()
-        assert [state_of(t) for t in toys] == before and all(callable(t.forward) for t in toys)
+        assert left() == before and all(callable(t.forward) for t in toys) and 'progress_bar' not in vars(pipe)
     finally:
         handle.remove()
-        for p in pools: p.shutdown()
+        for pool in threads: pool.shutdown()
 
 
 # What held

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNSTEADY', 'IN_DOUBT', 'FOREIGN', 'FOR_BLOCKS', 'LIBRARIES', 'FULLGRAPH', 'MORE_STEPS', 'TWO_THREADS', 'DENOISERS',
            'RunStats', 'unsteady_from', 'passes_of', 'is_finite', 'narrowest', 'relative_error', 'Report', 'Run',
-           'Calls', 'residuals_of', 'NoGradient', 'without_gradient', 'wants_gradient', 'is_known', 'innermost',
+           'Calls', 'residuals_of', 'NoGradient', 'without_gradient', 'with_gradient', 'is_known', 'innermost',
            'foreign_forward', 'check_forward', 'readers_of', 'adapters_of', 'adapted_layer', 'signature_of',
            'Reference', 'meshes_of', 'forget_compiled', 'SpectrumHook', 'is_feature', 'beneath_offloading',
            'own_registry', 'SwapWatch', 'ShellWatch', 'SpectrumHandle', 'apply_spectrum', 'find_denoisers']
@@ -180,7 +180,6 @@ class Run:
         else: h = [h.damped(row, slope, self.steadiness.damping) for h in self.histories]
         return None if not h or any(x is None for x in h) else h
 
-    @torch.compiler.disable
     def forecast(self, i, sample=None, moment=None):
         "The tensors of the feature of step i, or None if it must be computed; a forecast that cannot be used is noted"
         self.see(i, sample, moment)
@@ -248,23 +247,25 @@ def residuals_of(
 class NoGradient(torch.autograd.Function):
     "A forecast as it is; its gradient is refused"
     @staticmethod
-    def forward(ctx, anchor, x): return x.detach().clone()
+    def forward(ctx, x, *sources): return x.detach().clone()
 
     @staticmethod
     def backward(ctx, gradient):
-        raise RuntimeError('a gradient was asked of a forecast, where no block ran: it would be wrong. Sample under torch.no_grad(); where you differentiate through sampling, '
-                           'run every step in full, by SpectrumConfig(speedup=1), or remove() the handle before')
+        raise RuntimeError('a gradient was asked of a forecast, where no block ran: it would be wrong. Sample under torch.no_grad(); '
+                           'where you differentiate through sampling, run every step in full, by SpectrumConfig(speedup=1), '
+                           'or remove() the handle before')
 
 def without_gradient(
-    out,  # what a denoiser returned, in any form
-):        # the same, of which no gradient can be had
+    out,     # what a denoiser returned, in any form
+    sources, # tensors with gradients from which the blocks would have made it: parameters, arguments
+):           # the same, of which no gradient can be had
     "The output of a forecast step for somebody who records gradients"
-    anchor = torch.zeros((), requires_grad=True)
-    return pytree.tree_map(lambda x: NoGradient.apply(anchor, x) if is_feature(x) else x, out)
+    sources = sources or [torch.zeros((), requires_grad=True)]
+    return pytree.tree_map(lambda x: NoGradient.apply(x, *sources) if is_feature(x) else x, out)
 
-def wants_gradient(args, kwargs):
-    "Whether an argument of a call requires a gradient"
-    return any(x.requires_grad for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
+def with_gradient(tensors):
+    "Those of some tensors, and other things, that require a gradient"
+    return [x for x in tensors if isinstance(x, torch.Tensor) and x.requires_grad]
 
 # %% ../nbs/09_hook.ipynb #f63baab2
 LIBRARIES = ('torch', 'diffusers', 'accelerate', 'transformers', 'peft', 'torchao', 'deepspeed', 'spectrum_nb')     # whose wrappers and hooks are known to be harmless
@@ -330,7 +331,6 @@ def adapted_layer(module):
     return next((m for m in module.modules() if hasattr(m, 'base_layer') and hasattr(m, 'merged_adapters')), None)
 
 # %% ../nbs/09_hook.ipynb #fb9670e0
-@torch.compiler.disable
 def signature_of(value):
     "Shape, dtype and device of a tensor, or of the tensors in a list: what must not change within a run"
     if isinstance(value, (list, tuple)): return tuple(map(signature_of, value))
@@ -417,7 +417,6 @@ class SpectrumHook(ModelHook):
         if self.time_name is None: return next((kwargs[n] for n in TIMES if n in kwargs), None)
         return args[self.time_place] if len(args) > self.time_place else kwargs.get(self.time_name)
 
-    @torch.compiler.disable
     def find_run(self, module, args, kwargs):
         "(run, step, moment) of this call; a new run if the clock says so, None beyond the last step"
         if self.counts:                                        # the call before this one was made
@@ -502,17 +501,12 @@ class SpectrumHook(ModelHook):
         "One call of the denoiser: a pass or a forecast"
         if getattr(module, 'is_cache_enabled', False):
             raise RuntimeError('a diffusers cache was enabled on this denoiser after Spectrum was applied; call disable_cache(), or handle.remove()')
-        run, i, moment = self.find_run(module, args, kwargs)
-        if run is None or i >= run.n_steps:
-            if run is None and isinstance(self.clock, TimeClock): self.handle.warn_once(MORE_STEPS.format(self.clock.n_steps))
+        run, i, h = self.prepare(module, args, kwargs)
+        if i is None:
             out = self.fn_ref.original_forward(*args, **kwargs)
             self.counts = True
             return out
-        sample = args[0] if args else kwargs.get(self.sample_name)
-        signature = signature_of(sample)
-        if run.signature not in (None, signature): self.begin_anew(run, i, i, 'the input changed its shape, dtype or device: new history'); run.kinds = None
-        run.signature = signature
-        if (h := run.forecast(i, sample, moment)) is not None: out = self.skip(run, h, module, args, kwargs)
+        if h is not None: out = self.skip(run, h, module, args, kwargs)
         else:
             out, feature = self.compute(run, module, args, kwargs)
             if run.changed(feature): self.begin_anew(run, i, i, 'the feature changed its shape or dtype: new history')
@@ -521,6 +515,21 @@ class SpectrumHook(ModelHook):
         self.counts = True                                     # only now, so a call that failed can be made again
         if run.step == run.n_steps: self.handle.note(run.finish())
         return out
+
+    @torch.compiler.disable
+    def prepare(self, module, args, kwargs):
+        "(run, step, tensors of its forecast or None where it must be computed); no step beyond the end of the run"
+        run, i, moment = self.find_run(module, args, kwargs)
+        if run is None or i >= run.n_steps:
+            if run is None and isinstance(self.clock, TimeClock): self.handle.warn_once(MORE_STEPS.format(self.clock.n_steps))
+            return run, None, None
+        sample = args[0] if args else kwargs.get(self.sample_name)
+        signature = signature_of(sample)
+        if run.signature not in (None, signature):
+            self.begin_anew(run, i, i, 'the input changed its shape, dtype or device: new history')
+            run.kinds = None
+        run.signature = signature
+        return run, i, run.forecast(i, sample, moment)
 
     @torch.compiler.disable(recursive=False)
     def compute(self, run, module, args, kwargs):
@@ -550,16 +559,17 @@ class SpectrumHook(ModelHook):
         if self.anatomy is None:
             left = iter(feature)
             out = pytree.tree_unflatten([next(left).to(x.dtype) if is_feature(x) else x for x in run.leaves], run.form)
-            return out if not torch.is_grad_enabled() else self.guarded(run, out, args, kwargs)
+            return out if not torch.is_grad_enabled() else self.guarded(run, out, module, args, kwargs)
         self.given = {name: feature[k] for name, k in run.heads.items()}
         if self.leads: args, kwargs = tuple(None if k in self.lead_places else x for k, x in enumerate(args)), kwargs | {n: None for n in self.leads & kwargs.keys()}
         with without(module, self.anatomy.body): out = self.fn_ref.original_forward(*args, **kwargs)
-        return out if not torch.is_grad_enabled() else self.guarded(run, out, args, kwargs)
+        return out if not torch.is_grad_enabled() else self.guarded(run, out, module, args, kwargs)
 
     @torch.compiler.disable
-    def guarded(self, run, out, args, kwargs):
+    def guarded(self, run, out, module, args, kwargs):
         "The output of a forecast step where gradients are recorded: of none that would be wrong"
-        return without_gradient(out) if run.differentiable or wants_gradient(args, kwargs) else out
+        given = with_gradient(pytree.tree_leaves((args, kwargs)))
+        return without_gradient(out, [*with_gradient(module.parameters()), *given]) if run.differentiable or given else out
 
 def is_feature(x):
     "Whether a part of an output is forecast; anything else is handed on as the last pass left it"
