@@ -609,7 +609,7 @@ runs = st.fixed_dictionaries(dict(n=lengths, seed=st.integers(0, 2), prompt=st.i
 acts = st.lists(st.one_of(runs, runs, runs, st.tuples(st.just('thread'), st.integers(0, 2)),
                           *[st.tuples(st.just(what), st.just(0)) for what in ('wrap', 'unwrap', 'swap', 'grad', 'adapter', 'scheduler', 'copy', 'remove')]), min_size=1, max_size=10)
 
-@examples(150, 10_000)
+@examples(600, 12_000)
 @given(program=acts, bare=st.booleans(), rises=st.booleans())
 def test_programs_of_what_users_do_draw_what_they_draw_without(program, bare, rises):
     toys, config = [Adapted(), Adapted()], SpectrumConfig.paper(blend=0, warmup=2)

@@ -108,12 +108,16 @@ class PassedThrough(nn.Module):
 def without(
     module,  # nn.Module
     names,   # attributes, dotted where they lie deeper: loops over a ModuleList do not run, any other module returns what it is given
+    stand_ins=None, # dict that keeps what stands in their places, for the next time
 ):
     "`module` without its blocks; the very same objects are back afterwards, whatever happens"
-    places = [(module.get_submodule(owner), last) for owner, _, last in (n.rpartition('.') for n in names)]
-    kept = [owner._modules[last] for owner, last in places]
+    places = [(module.get_submodule(owner) if owner else module, last) for owner, _, last in (n.rpartition('.') for n in names)]
+    kept, ready = [owner._modules[last] for owner, last in places], {} if stand_ins is None else stand_ins
     try:
-        for (owner, last), m in zip(places, kept): owner._modules[last] = Skipped(m) if isinstance(m, nn.ModuleList) else PassedThrough()
+        for (owner, last), m, name in zip(places, kept, names):
+            former, inside, stand_in = ready.get(name, (None, None, None))
+            if former is not m or inside is not m._modules: stand_in = Skipped(m) if isinstance(m, nn.ModuleList) else PassedThrough()
+            ready[name], owner._modules[last] = (m, m._modules, stand_in), stand_in
         yield
     finally:
         for (owner, last), m in zip(places, kept): owner._modules[last] = m

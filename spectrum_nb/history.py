@@ -80,9 +80,9 @@ class History:
     ):            # the weighted sum, or None if a pass that it needs is not here
         "The feature that a row of the plan makes from the stored ones"
         steps = weights.nonzero()[0].tolist()
-        if not steps or any(s not in self.slots for s in steps): return None
+        if not steps or not self.slots.keys() >= set(steps): return None
         row = np.zeros(self.filled)
-        row[[self.slots[s] for s in steps]] = weights[steps]
+        for s in steps: row[self.slots[s]] = weights[s]
         return weighted_sum(self.buffer[:self.filled], row).to(self.home)      # one feature travels, however many are kept
 
     def damped(self,

@@ -378,6 +378,7 @@ class SpectrumHook(ModelHook):
         self.contexts, self.runs, self.calls, self.callers, self.attached = StateManager(dict), {}, {}, {}, ExitStack()
         self.aside, self.ticks = {}, 0                         # {context: unfinished run of another thread}; calls so far
         self.pending, self.counts = None, False                # what is to be counted of the last call; whether it was made
+        self.stand_ins = {}                                    # for the blocks, in a forecast
         self.seen, self.given = None, None      # at the heads: what they are given in a pass, what to give them in a forecast
 
     def initialize_hook(self, module):
@@ -394,6 +395,7 @@ class SpectrumHook(ModelHook):
     def deinitalize_hook(self, module):
         "Let go of the heads"
         self.attached.close()
+        self.stand_ins = {}
         forget_compiled(module)
         return module
 
@@ -562,7 +564,7 @@ class SpectrumHook(ModelHook):
             return out if not torch.is_grad_enabled() else self.guarded(run, out, module, args, kwargs)
         self.given = {name: feature[k] for name, k in run.heads.items()}
         if self.leads: args, kwargs = tuple(None if k in self.lead_places else x for k, x in enumerate(args)), kwargs | {n: None for n in self.leads & kwargs.keys()}
-        with without(module, self.anatomy.body): out = self.fn_ref.original_forward(*args, **kwargs)
+        with without(module, self.anatomy.body, self.stand_ins): out = self.fn_ref.original_forward(*args, **kwargs)
         return out if not torch.is_grad_enabled() else self.guarded(run, out, module, args, kwargs)
 
     @torch.compiler.disable
