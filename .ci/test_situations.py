@@ -179,12 +179,12 @@ def stubbed(cls, embeds, **parts):
     Stubbed.__name__ = cls.__name__
     return Stubbed(**parts)
 
-def kontext():
+def kontext(monkeypatch):
     pipe, call = tiny('tiny-flux')
     made = diffusers.FluxKontextPipeline(**pipe.components)
     return made, call | dict(image=picture(), _auto_resize=False, max_area=32*32)
 
-def wan_i2v():
+def wan_i2v(monkeypatch):
     pipe, call = tiny('tiny-wan')
     c = pipe.transformer.config
     torch.manual_seed(0)
@@ -193,11 +193,38 @@ def wan_i2v():
     made = stubbed(diffusers.WanImageToVideoPipeline, embeds, tokenizer=pipe.tokenizer, text_encoder=pipe.text_encoder, vae=pipe.vae, scheduler=pipe.scheduler, transformer=net, image_encoder=None, image_processor=None)
     return made, call | dict(image=picture())
 
-MADE = dict(kontext=kontext, wan_i2v=wan_i2v)
+def fixed(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+def small_flow(shift=3.):
+    return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=True, base_shift=.5, max_shift=1.15)
+
+def qwen_edit(monkeypatch):
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as module
+    monkeypatch.setattr(module, 'calculate_dimensions', lambda area, ratio: (32, 32, None))        # not a million pixels
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLQwenImage(base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
+                                           latents_mean=[0.]*4, latents_std=[1.]*4).eval()
+    net, _ = small('QwenImageTransformer2DModel')
+    embeds = lambda: (fixed(1, 5, 8), torch.ones(1, 5, dtype=torch.long))
+    made = stubbed(diffusers.QwenImageEditPipeline, embeds, scheduler=small_flow(), vae=vae, text_encoder=None, tokenizer=None, processor=None, transformer=net)
+    return made, dict(image=picture(), height=32, width=32, negative_prompt=' ', true_cfg_scale=2.)
+
+def flux_2(cls, **settings):
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLFlux2(down_block_types=['DownEncoderBlock2D']*2, up_block_types=['UpDecoderBlock2D']*2, block_out_channels=[8, 8],
+                                       layers_per_block=1, latent_channels=1, norm_num_groups=4, use_quant_conv=False, use_post_quant_conv=False).eval()
+    net, _ = small('Flux2Transformer2DModel')
+    made = stubbed(cls, lambda: (fixed(1, 5, 8), torch.zeros(1, 5, 4)), scheduler=small_flow(), vae=vae, text_encoder=None, tokenizer=None, transformer=net, **settings)
+    return made, dict(image=picture(64), height=32, width=32, guidance_scale=2.5)
+
+def flux_2_dev(monkeypatch): return flux_2(diffusers.Flux2Pipeline)
+def klein(monkeypatch): return flux_2(diffusers.Flux2KleinPipeline, is_distilled=False)
+
+MADE = dict(kontext=kontext, wan_i2v=wan_i2v, qwen_edit=qwen_edit, flux_2=flux_2_dev, klein=klein)
 
 @pytest.mark.parametrize('what', MADE)
-def test_pictures_as_arguments(what, tmp_path):
-    pipe, call = MADE[what]()
+def test_pictures_as_arguments(what, tmp_path, monkeypatch):
+    pipe, call = MADE[what](monkeypatch)
     pipe.set_progress_bar_config(disable=True)
     made = record(pipe, ['a red circle'], 6, probes=(1, 1), keep=tmp_path/'parts', **call)
     again = record(pipe, ['a red circle'], 6, probes=(1, 1), keep=tmp_path/'parts', **call)         # a picture is the same picture
