@@ -268,6 +268,10 @@ def test_a_repeated_time_is_a_second_call_of_the_step(calls):
             for k in range(calls): assert right([toy(torch.full((2, 4), 10.*k), float(t))], [t], 10.*k)
     assert [(s.context, s.passes) for s in run.stats] == [('' if not k else f'#{k + 1}', PASSES) for k in range(calls)] and toy.passes == calls*len(PASSES)
 
+def test_a_time_that_never_moves_is_said():
+    with pytest.warns(UserWarning, match="70 calls carried the same time .'timestep'."), apply_spectrum(toy := Toy(), PAPER, N):
+        for _ in range(80): assert right([toy(torch.ones(2, 4), 1.)], [1.])
+
 def test_guidance_that_begins_late_has_a_history_of_its_own():
     with apply_spectrum(toy := Toy(), PAPER, N):
         for t in range(N):
@@ -603,6 +607,188 @@ def test_a_calibration_looks_at_the_model_and_not_at_what_adapters_add(flux):
     with pytest.raises(ValueError, match='num_layers was'): made.check(pipe, 28, call)
 
 
+# What others reported of caches
+
+def framepack():
+    net, _ = small('HunyuanVideoFramepackTransformer3DModel')
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLHunyuanVideo(latent_channels=4, down_block_types=['HunyuanVideoDownBlock3D']*4, up_block_types=['HunyuanVideoUpBlock3D']*4,
+                                              block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4).eval()
+    class Stubbed(diffusers.HunyuanVideoFramepackPipeline):
+        def encode_prompt(self, *args, **kwargs): return fixed(1, 5, 8), fixed(1, 8), torch.ones(1, 5)
+        def encode_image(self, *args, **kwargs): return fixed(1, 3, 8)
+    made = Stubbed(text_encoder=None, tokenizer=None, transformer=net, vae=vae, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), text_encoder_2=None,
+                   tokenizer_2=None, image_encoder=None, feature_extractor=None)
+    made.set_progress_bar_config(disable=True)
+    return made, lambda: made(image=picture(), prompt='', height=32, width=32, num_frames=9, latent_window_size=2, num_inference_steps=N,
+                              generator=torch.Generator().manual_seed(0), output_type='latent', return_dict=False)[0][0]
+
+def test_framepack_whose_sections_are_runs_of_their_own():
+    pipe, draw = framepack()
+    plain = draw()
+    with apply_spectrum(pipe, SpectrumConfig(speedup=1)): assert torch.equal(draw(), plain)
+    with apply_spectrum(pipe, PAPER) as run: fast = draw()
+    assert [s.passes for s in run.stats] == [PASSES]*2 and not any(s.fallbacks for s in run.stats)
+    assert relative(fast, plain) < .02 and torch.equal(draw(), plain)
+
+def test_stable_cascade_whose_sampler_adds_noise_is_refused():
+    torch.manual_seed(0)
+    net = denoiser_classes()['StableCascadeUNet'](**EXAMPLES['StableCascadeUNet'][0] | dict(clip_image_in_channels=8, clip_text_in_channels=8)).eval()
+    embeds = lambda: (fixed(1, 5, 8), fixed(1, 1, 8), fixed(1, 5, 8, seed=1), fixed(1, 1, 8, seed=1))
+    pipe = stubbed(diffusers.StableCascadePriorPipeline, embeds, tokenizer=None, text_encoder=None, prior=net, scheduler=diffusers.DDPMWuerstchenScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    draw = lambda: pipe(prompt='', height=64, width=64, num_inference_steps=N, generator=torch.Generator().manual_seed(0), output_type='pt').image_embeddings
+    plain = draw()
+    with apply_spectrum(pipe, PAPER), pytest.raises(ValueError, match='DDPMWuerstchenScheduler adds noise'): draw()
+    with apply_spectrum(pipe, SpectrumConfig(speedup=1)): assert torch.equal(draw(), plain)
+
+def test_ledits_pp_whose_sampler_adds_noise_is_refused():
+    model, _ = small('UNet2DConditionModel')
+    model.register_to_config(sample_size=64)
+    pipe, _ = tiny('tiny-sdxl')
+    class Encoder(nn.Module):
+        dtype, device, config = torch.float32, torch.device('cpu'), pipe.text_encoder.config
+        def forward(self, ids, **kwargs): return (fixed(*ids.shape, model.config.cross_attention_dim),)
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(block_out_channels=[8, 16], down_block_types=['DownEncoderBlock2D']*2, up_block_types=['UpDecoderBlock2D']*2, norm_num_groups=4)
+    made = diffusers.LEditsPPPipelineStableDiffusion(vae=vae, text_encoder=Encoder(), tokenizer=pipe.tokenizer, unet=model, safety_checker=None, feature_extractor=None,
+        scheduler=diffusers.DPMSolverMultistepScheduler(algorithm_type='sde-dpmsolver++', solver_order=2), requires_safety_checker=False)
+    made.set_progress_bar_config(disable=True)
+    invert = lambda: made.invert(image=picture(), num_inversion_steps=10, skip=.2, source_prompt='a circle', source_guidance_scale=2., generator=torch.Generator().manual_seed(0))
+    def edit():
+        invert()
+        return made(editing_prompt=['a cross'], edit_guidance_scale=5., edit_threshold=.8, output_type='latent', use_intersect_mask=False).images
+    plain = edit()
+    with apply_spectrum(made, SpectrumConfig(speedup=1)): assert torch.equal(edit(), plain)
+    with apply_spectrum(made, PAPER), pytest.raises(ValueError, match='DPMSolverMultistepScheduler adds noise'): invert()
+
+class Packed(nn.Module):
+    "A layer whose weights are bytes, made numbers when it is called, as those of GGUF and of nunchaku are"
+    def __init__(self, layer):
+        super().__init__()
+        self.bias, self.scale = layer.bias, layer.weight.detach().abs().max()/127
+        self.weight = nn.Parameter((layer.weight.detach()/self.scale + 128).round().to(torch.uint8), requires_grad=False)
+    def forward(self, x): return nn.functional.linear(x, (self.weight.to(x.dtype) - 128)*self.scale, self.bias)
+
+def pack(module):
+    "Pack all layers within; how many"
+    found = [(owner, name) for owner in module.modules() for name, m in owner.named_children() if type(m) is nn.Linear]
+    for owner, name in found: setattr(owner, name, Packed(getattr(owner, name)))
+    return len(found)
+
+def test_weights_that_are_bytes():
+    pipe, call = tiny('tiny-flux')
+    assert pack(pipe.transformer) > 50
+    plain = latents(pipe, call)
+    with apply_spectrum(pipe, SpectrumConfig(speedup=1)): assert torch.equal(latents(pipe, call), plain)
+    with apply_spectrum(pipe, PAPER) as run: assert relative(latents(pipe, call), plain) < .15
+    assert [s.passes for s in run.stats] == [PASSES] and not run.stats[0].fallbacks and torch.equal(latents(pipe, call), plain)
+
+def test_one_module_in_place_of_all_blocks():
+    class AllBlocks(nn.Module):
+        "What nunchaku puts in place of the blocks of FLUX"
+        runs = 0
+        def __init__(self, *blocks): super().__init__(); self.inside = nn.ModuleList(blocks)
+        def forward(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None, **kwargs):
+            self.runs += 1
+            for b in self.inside:
+                encoder_hidden_states, hidden_states = b(hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states, temb=temb, image_rotary_emb=image_rotary_emb)
+            return encoder_hidden_states, hidden_states
+    pipe, call = tiny('tiny-flux')
+    net = pipe.transformer
+    with apply_spectrum(pipe, PAPER): own = latents(pipe, call)
+    fused = AllBlocks(*net.transformer_blocks, *net.single_transformer_blocks)
+    net.transformer_blocks, net.single_transformer_blocks = nn.ModuleList([fused]), nn.ModuleList()
+    with apply_spectrum(pipe, PAPER) as run: assert torch.allclose(latents(pipe, call), own, atol=1e-4)
+    assert [s.passes for s in run.stats] == [PASSES] and fused.runs == len(PASSES)
+
+def test_guidance_by_skipped_layers_which_is_asked_for_at_some_steps():
+    pipe, call = tiny('tiny-sd3')
+    call |= dict(guidance_scale=4., skip_guidance_layers=[0], skip_layer_guidance_start=.1, skip_layer_guidance_stop=.5)
+    plain, mild = latents(pipe, call), SpectrumConfig(speedup=1.3)
+    with apply_spectrum(pipe, SpectrumConfig(speedup=1)): assert torch.equal(latents(pipe, call), plain)
+    with apply_spectrum(pipe, mild) as run: fast, again = latents(pipe, call), latents(pipe, call)
+    assert relative(fast, plain) < .1 < relative(latents(pipe, call | dict(skip_guidance_layers=None)), plain)
+    assert torch.equal(fast, again) and [s.context for s in run.stats] == ['', ''] and not any(s.fallbacks for s in run.stats)
+
+def test_guidance_that_a_callback_turns_off():
+    pipe, call = tiny('tiny-sdxl')
+    def off(pipe, i, t, given):
+        if i != 12: return given
+        pipe._guidance_scale = 1.
+        return {k: v if k == 'latents' else v[-1:] for k, v in given.items()}
+    call |= dict(guidance_scale=5., callback_on_step_end=off, callback_on_step_end_tensor_inputs=['latents', 'prompt_embeds', 'add_text_embeds', 'add_time_ids'])
+    plain = latents(pipe, call)
+    with apply_spectrum(pipe, SpectrumConfig(speedup=1)): assert torch.equal(latents(pipe, call), plain)
+    with apply_spectrum(pipe, PAPER) as run: assert relative(latents(pipe, call), plain) < .15
+    assert list(run.stats[0].fallbacks) == [13] and 'shape' in run.stats[0].fallbacks[13]
+
+def test_merged_tokens_whose_blocks_have_another_class():
+    from diffusers.models.attention import BasicTransformerBlock
+    class Merged(BasicTransformerBlock):
+        "As tomesd does, which also looks at the size of what the denoiser is given"
+        runs = []
+        def forward(self, x, *args, **kwargs):
+            self.runs.append(seen[-1])
+            return super().forward(.9*x + .1*x.mean(1, keepdim=True), *args, **kwargs)
+    pipe, call = tiny('tiny-sdxl')
+    seen = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    blocks = [m for m in pipe.unet.modules() if type(m) is BasicTransformerBlock]
+    for m in blocks: m.__class__ = Merged
+    plain = latents(pipe, call)
+    Merged.runs.clear(); seen.clear()
+    with apply_spectrum(pipe, PAPER) as run: latents(pipe, call)
+    assert [s.passes for s in run.stats] == [PASSES] and len(seen) == N and len(Merged.runs) == len(PASSES)*len(blocks)
+    assert torch.equal(latents(pipe, call), plain)
+
+def test_a_cache_of_diffusers_that_is_enabled_before_or_meanwhile():
+    pipe, call = tiny('tiny-flux')
+    net, cache = pipe.transformer, diffusers.FirstBlockCacheConfig(threshold=.1)
+    latents(pipe, call)                                              # which leaves contexts behind
+    with apply_spectrum(pipe, PAPER) as run:
+        net.enable_cache(cache)
+        with pytest.raises(RuntimeError, match='disable_cache'): latents(pipe, call)
+        net.disable_cache()
+        fast = latents(pipe, call)
+    net.enable_cache(cache)
+    with pytest.raises(RuntimeError, match='disable it first'): apply_spectrum(pipe, PAPER)
+    net.disable_cache()
+    with apply_spectrum(pipe, PAPER) as again: assert torch.equal(latents(pipe, call), fast)
+    assert [s.passes for s in run.stats + again.stats] == [PASSES]*2
+
+def test_two_experts_of_a_distilled_model_count_their_own_steps():
+    pipe, call = tiny('tiny-wan')
+    torch.manual_seed(0)
+    two = diffusers.WanPipeline(pipe.tokenizer, pipe.text_encoder, pipe.vae, copy.deepcopy(pipe.scheduler), pipe.transformer, copy.deepcopy(pipe.transformer), boundary_ratio=.6)
+    two.set_progress_bar_config(disable=True)
+    for n in (4, 20):
+        plain = latents(two, call, n)
+        with apply_spectrum(two, SpectrumConfig(speedup=1)) as run: assert torch.equal(latents(two, call, n), plain)
+        lengths = {s.context.split('/')[0]: s.n_steps for s in run.stats}
+        assert len(lengths) == 2 and sum(lengths.values()) == n and min(lengths.values()) > 0
+    with apply_spectrum(two, SpectrumConfig(n_passes=10)) as run: latents(two, call, 20)
+    assert all(s.n_steps == lengths[s.context.split('/')[0]] for s in run.stats) and sum(s.n_passes for s in run.stats)/2 == pytest.approx(10, abs=1)
+
+def test_many_requests_at_once_on_one_pipeline_are_refused_and_harm_nothing(flux):
+    pipe, call = flux
+    with apply_spectrum(pipe, PAPER) as run: alone = latents(pipe, call)
+    run, refused = apply_spectrum(pipe.transformer, PAPER, N), []
+    def request(seed):
+        toy = torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(seed))
+        try: pipe.transformer(**small_flux_call(pipe.transformer) | dict(hidden_states=toy), timestep=torch.ones(1))
+        except RuntimeError as error: refused.append(str(error))
+    def intrude(*_):
+        for k in range(3):
+            (thread := threading.Thread(target=request, args=(k,))).start()
+            thread.join()
+    inside = pipe.transformer.x_embedder.register_forward_pre_hook(intrude)
+    try: request(0)
+    finally: inside.remove(); run.remove()
+    assert len(refused) == 3 and all('in the middle of a call in another thread' in r for r in refused)
+    with apply_spectrum(pipe, PAPER): assert torch.equal(latents(pipe, call), alone)
+
+
 # Programs of what users do
 
 class Adapted(Toy):
@@ -642,7 +828,7 @@ def test_programs_of_what_users_do_draw_what_they_draw_without(program, bare, ri
     toys, config = [Adapted(), Adapted()], SpectrumConfig.paper(blend=0, warmup=2)
     pipe, threads, now = Line(toys[0]), [ThreadPoolExecutor(1) for _ in range(2)], SimpleNamespace(at=0, grad=False, thread=0, sure=True)
     pipe.set_progress_bar_config(disable=True)
-    noise = torch.randn(3, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(6, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     left = lambda: [[([a for a in attributes if a[0] != 'peft_config'], *rest) for attributes, *rest in state_of(t)] for t in toys]
     before = left()
     def apply(): return apply_spectrum(pipe.transformer, config, N) if bare else apply_spectrum(pipe, config)
@@ -652,9 +838,10 @@ def test_programs_of_what_users_do_draw_what_they_draw_without(program, bare, ri
     def ask(run, i, k, t):
         if i == run['cut']: raise Cancelled
         if i == run['adapter'] and not k: toggle()
-        toy, x = toys[now.at], (noise[run['seed']] + k).requires_grad_(now.grad)
+        seed = run['seed'] + 3*bool(run['begin'])                    # a picture from a picture begins with other noise
+        toy, x = toys[now.at], (noise[seed] + k).requires_grad_(now.grad)
         ran, recorded = toy.passes, torch.enable_grad() if now.grad else torch.no_grad()
-        prompt = run['seed'] if bare else run['prompt']              # a bare denoiser knows a run by its noise
+        prompt = seed if bare else run['prompt']                     # a bare denoiser knows a run by its noise
         with recorded: got = pipe.transformer(x, t, prompt)
         want = 2*(x.detach() + prompt + (5 if 'peft_config' in vars(toy) else 0) + 3*t)
         assert torch.allclose(got.detach(), want, atol=2e-3), (i, k, t, (got - want).abs().max())
@@ -665,7 +852,7 @@ def test_programs_of_what_users_do_draw_what_they_draw_without(program, bare, ri
     def draw(run):
         if bare:
             times = torch.linspace(1, 1/run['n'], run['n'])
-            if rises: times = times.flip(0)
+            if rises: times = 1 - times                    # every run begins at the same end, or late
             for i, t in enumerate(times[run['begin']:]):
                 for k in range(run['tiles']): ask(run, i, k, t)
         else: pipe(run['n'], min(run['begin'], run['n'] - 1), run['tiles'], run['copies'], lambda i, k, t: ask(run, i, k, t))

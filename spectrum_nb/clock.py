@@ -48,7 +48,8 @@ class CallClock:
 
 # %% ../nbs/08_clock.ipynb #e57edc50
 # names of the parameter that is the time, the likeliest first
-TIMES = 'timestep', 'timesteps', 't', 'sigma', 'sigmas', 'noise_labels', 'time', 'times'
+TIMES = ('timestep', 'timesteps', 't', 'sigma', 'sigmas', 'noise_labels', 'time', 'times', 'timestep_ratio',
+         'decoder_noise_time', 'bb_ca_time')
 
 def time_of(
     timestep,  # what a denoiser was given as the time of a call: a number, or a tensor with one for each sample, frame or token
