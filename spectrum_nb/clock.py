@@ -77,13 +77,15 @@ def alike(
     other,  # of another one, or None
 ):          # bool, or None where it cannot be told
     "Whether a sample may be another's successor: one step changes it little, the noise of another run is foreign to it"
-    if head is None or other is None or (head.shape, head.dtype, head.device) != (other.shape, other.dtype, other.device): return None
+    if head is None or other is None: return None
+    if (head.shape, head.dtype, head.device) != (other.shape, other.dtype, other.device): return None
     both = torch.stack((head, other))
     (size, product), (_, other_size) = (both @ both.T).tolist()
     return product >= .5*math.sqrt(size*other_size) if math.isfinite(size*other_size) else None
 
 # %% ../nbs/08_clock.ipynb #f6192cdf
-BareRun = namedtuple('BareRun', 'key time step gap thread shape head')    # `gap`: by how much its time moved last, 0 at first
+# `gap`: by how much its time moved last, 0 at first
+BareRun = namedtuple('BareRun', 'key time step gap thread shape head')
 
 JUMP = 'the time jumps farther than the steps before: new history'
 
@@ -96,14 +98,15 @@ class TimeClock(CallClock):
         n_steps,  # steps of a run
     ):
         super().__init__(n_steps)
-        self.known, self.ways, self.pending = {}, {}, None    # {context: BareRuns, the latest first}; {context: last gap of its last run}
+        # {context: BareRuns, the latest first}; {context: last gap of its last run}
+        self.known, self.ways, self.pending = {}, {}, None
 
     def reset(self):
         super().reset()
         self.known, self.pending = {}, None
 
     def fits(self, run, time, way):
-        "Whether a call at `time` can be the next of a run, whose times go the `way` of the run before until they have moved themselves"
+        "Whether a call at `time` can be the next of a run; until its times have moved, they go the `way` of the run before"
         way = run.gap or way
         return not way or (time > run.time) == (way > 0)
 
@@ -132,7 +135,7 @@ class TimeClock(CallClock):
         if run and not math.isclose(time, run.time, rel_tol=1e-6):
             step, gap = step + 1, time - run.time
             if run.gap and abs(gap) > self.FAR*abs(run.gap): anew = JUMP
-        elif run: head, shape = run.head, run.shape                          # tiles come in one order: the first is compared
+        elif run: head, shape = run.head, run.shape                 # tiles come in one order: the first is compared
         others = tuple(r for r in known if r is not run and r.step < self.n_steps - 1)
         if head is not None and (run is None or head is not run.head): head = head.clone()
         self.pending = context, (BareRun(key, time, step, gap, me, shape, head), *others)[:self.REMEMBERED[1]]
@@ -203,7 +206,7 @@ class RunTeller:
         return call is None or (last is not None and call > last + 1)       # a copy goes on where the one before it was
 
     def tell(self,
-        now,   # Sight of the call: the pipeline, its call (a number), what its loop goes over, the scheduler's timesteps and settings
+        now,   # Sight: the pipeline, its call (a number), what its loop goes over, the scheduler's timesteps and settings
         call,  # number of the call in the run, None where the scheduler does not tell
         who,   # clock of the denoiser that is called
         over,  # whether its run before has had its last call
@@ -212,7 +215,8 @@ class RunTeller:
         new = self.is_new(now, call, self.last.get(who), over)
         sure = new or call != 0 or now.loop is not None or self.before.times() is now.times
         if new: self.key, self.last, self.values = object(), {}, now.times.clone()
-        self.before = now._replace(times=weakref.ref(now.times), loop=None if now.loop is None else weakref.ref(now.loop))
+        self.before = now._replace(times=weakref.ref(now.times),
+                                   loop=None if now.loop is None else weakref.ref(now.loop))
         self.last[who] = 0 if new else call
         return self.key, sure
 
@@ -257,14 +261,17 @@ def calling_pipeline(
     frame, found, times = sys._getframe(1), None, None
     while frame := frame.f_back:
         code = frame.f_code
-        if code.co_varnames[:1] != ('self',) or code.co_name in ('_call_impl', '_wrapped_call_impl', 'forward'): continue
+        if code.co_varnames[:1] != ('self',) or code.co_name in ('_call_impl', '_wrapped_call_impl', 'forward'):
+            continue
         if not isinstance(owner := frame.f_locals.get('self'), (DiffusionPipeline, ModularPipeline)): continue
         if found is None and holds(owner, denoiser): found, times = owner, frame.f_locals.get('timesteps')
         if owner is found and code.co_name == '__call__':
             return found, id(frame), frame.f_locals.get('state') if isinstance(owner, ModularPipeline) else times
     return found or otherwise, None, times
 
-NOISY = ('DDPM', 'DDPMParallel', 'DDPMWuerstchen', 'UnCLIP', 'EulerAncestralDiscrete', 'KDPM2AncestralDiscrete', 'DPMSolverSDE', 'CosineDPMSolverMultistep', 'CogVideoXDPM', 'SASolver', 'LCM', 'FlowMatchLCM', 'CMStochasticIterative', 'SCM', 'RePaint', 'ScoreSdeVe', 'LTXEulerAncestralRF', 'HeliosDMD', 'Amused')
+NOISY = ('DDPM', 'DDPMParallel', 'DDPMWuerstchen', 'UnCLIP', 'EulerAncestralDiscrete', 'KDPM2AncestralDiscrete',
+         'DPMSolverSDE', 'CosineDPMSolverMultistep', 'CogVideoXDPM', 'SASolver', 'LCM', 'FlowMatchLCM',
+         'CMStochasticIterative', 'SCM', 'RePaint', 'ScoreSdeVe', 'LTXEulerAncestralRF', 'HeliosDMD', 'Amused')
 
 def noise_of(
     scheduler,  # diffusers scheduler
@@ -284,7 +291,8 @@ def levels_of(
     if levels is not None or kept is None or times.is_floating_point(): return None
     kept = kept[times.cpu()].double(); noise = (1 - kept).sqrt()
     shares = (noise/(noise + kept.sqrt())).tolist()
-    return *shares, 0. if shares[0] >= shares[-1] else shares[-1]                             # a sampler may run towards noise
+    # a sampler may run towards noise
+    return *shares, 0. if shares[0] >= shares[-1] else shares[-1]
 
 def is_flow(
     scheduler,  # diffusers scheduler with its timesteps set
@@ -300,7 +308,8 @@ def kept_of(
     "What a multistep sampler (UniPC, DPM-Solver++, DEIS) keeps of the last output that it was given"
     outputs, config = getattr(scheduler, 'model_outputs', None), getattr(scheduler, 'config', {})
     if not outputs or not isinstance(outputs[-1], torch.Tensor): return None
-    clean = config.get('predict_x0', str(config.get('algorithm_type', '')).startswith(('dpmsolver++', 'sde-dpmsolver++')))
+    clean = config.get('predict_x0',
+                       str(config.get('algorithm_type', '')).startswith(('dpmsolver++', 'sde-dpmsolver++')))
     return outputs[-1], bool(clean)
 
 class PipelineClock:
@@ -333,7 +342,8 @@ class PipelineClock:
         pipe, frame, looped = calling_pipeline(self.denoiser, self.pipe)
         scheduler = scheduler_of(pipe, looped)
         times = getattr(scheduler, 'timesteps', None)
-        if not isinstance(times, torch.Tensor) or not len(times): raise self.untold(pipe, f'{type(scheduler).__name__} has no timesteps')
+        if not isinstance(times, torch.Tensor) or not len(times):
+            raise self.untold(pipe, f'{type(scheduler).__name__} has no timesteps')
         order, begin = getattr(scheduler, 'order', 1), getattr(scheduler, 'begin_index', None)
         said = type(scheduler), begin, getattr(pipe, 'num_timesteps', None)
         sight = Sight(pipe, frame, looped if isinstance(looped, (torch.Tensor, PipelineState)) else None, times, said)
@@ -343,7 +353,8 @@ class PipelineClock:
         if self.key is not key:                                                           # a new run
             left = times[(begin := begin_of(scheduler, timestep)):]                       # fewer in image-to-image
             length = len(looped) if scheduler is not pipe.scheduler else getattr(pipe, 'num_timesteps', None)
-            left = left[:length or len(left)]                                             # or where a pipeline stops early (SDXL's denoising_end)
+            # or where a pipeline stops early (SDXL's denoising_end)
+            left = left[:length or len(left)]
             share, levels = self.share(pipe, left), levels_of(scheduler)
             start, stop = begin + share.start, begin + share.stop
             levels = (*levels[start:stop:order], levels[stop]) if levels and len(levels) > stop else None

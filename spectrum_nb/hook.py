@@ -54,7 +54,8 @@ def unsteady_from(
     stats,  # RunStats
 ):          # step, or None where the run was steady
     "The pass from which on a run oscillated, or its forecasts became worse from pass to pass"
-    turned = [step for step, ratio in stats.ratios.items() if ratio < -1]            # answered by more than itself, the other way
+    # answered by more than itself, the other way
+    turned = [step for step, ratio in stats.ratios.items() if ratio < -1]
     if len(turned) > 1: return turned[0]
     steps, errors = [*stats.errors], [*stats.errors.values()]
     for k in range(len(steps) - 3):
@@ -79,7 +80,8 @@ def narrowest(
     signature,  # of the sample that the denoiser was given
 ):              # dtype that holds the feature without loss
     "The precision of the model, where its head is given a wider copy of what the blocks returned (Wan's is given float32); else the feature's own"
-    dtype = signature[1] if signature and len(signature) == 3 and isinstance(signature[1], torch.dtype) else feature.dtype
+    told = signature and len(signature) == 3 and isinstance(signature[1], torch.dtype)
+    dtype = signature[1] if told else feature.dtype
     return dtype if dtype.is_floating_point and dtype.itemsize < feature.dtype.itemsize and torch.equal(feature.to(dtype).to(feature.dtype), feature) else feature.dtype
 
 def relative_error(forecast, truth):
@@ -95,12 +97,15 @@ class Report:
 
     def rows(self):
         "One dict a run and context"
-        return [dict(entry=i, context=s.context or '·', steps=s.n_steps, passes=s.n_passes, error=float(np.mean(list(s.errors.values()))) if s.errors else None,
-                     largest=max(s.errors.values(), default=None), fallbacks=len(s.fallbacks), MiB=s.nbytes/2**20) for i, s in enumerate(self.stats)]
+        return [dict(entry=i, context=s.context or '·', steps=s.n_steps, passes=s.n_passes,
+                     error=float(np.mean(list(s.errors.values()))) if s.errors else None,
+                     largest=max(s.errors.values(), default=None), fallbacks=len(s.fallbacks), MiB=s.nbytes/2**20)
+                     for i, s in enumerate(self.stats)]
 
     def _cells(self):
         text = lambda v: '–' if v is None else f'{v:.3g}' if isinstance(v, float) else str(v)
-        return [['entry', 'context', 'steps', 'passes', 'mean error', 'largest', 'fallbacks', 'history, MiB'], *[[text(v) for v in r.values()] for r in self.rows()]]
+        return [['entry', 'context', 'steps', 'passes', 'mean error', 'largest', 'fallbacks', 'history, MiB'],
+                *[[text(v) for v in r.values()] for r in self.rows()]]
 
     def __str__(self):
         cells = self._cells(); width = [max(map(len, column)) for column in zip(*cells)]
@@ -109,8 +114,10 @@ class Report:
     def notes(self):
         "What a reader of the table should know: fallbacks, and runs that were unsteady"
         of = lambda i, s: f'entry {i}{" " + s.context if s.context else ""}'
-        fallbacks = [f'{of(i, s)}, step {step}: {why}' for i, s in enumerate(self.stats) for step, why in s.fallbacks.items()]
-        unsteady = [f'{of(i, s)}: {UNSTEADY.format(step, s.n_passes)}' for i, s in enumerate(self.stats) if (step := unsteady_from(s)) is not None]
+        fallbacks = [f'{of(i, s)}, step {step}: {why}'
+                     for i, s in enumerate(self.stats) for step, why in s.fallbacks.items()]
+        unsteady = [f'{of(i, s)}: {UNSTEADY.format(step, s.n_passes)}'
+                    for i, s in enumerate(self.stats) if (step := unsteady_from(s)) is not None]
         return fallbacks + unsteady
 
     def _repr_markdown_(self):
@@ -124,7 +131,9 @@ class Report:
         from spectrum_nb.figures import in_style, new_figure
         if ax is None: ax = in_style(new_figure)(height=2.4)[1]
         for i, s in enumerate(self.stats):
-            if s.errors: ax.semilogy(s.errors.keys(), [max(e, 1e-9) for e in s.errors.values()], '.-', label=f'entry {i} {s.context}'.strip())
+            if s.errors:
+                ax.semilogy(s.errors.keys(), [max(e, 1e-9) for e in s.errors.values()], '.-',
+                            label=f'entry {i} {s.context}'.strip())
         ax.set(xlabel='pass at step', ylabel='relative error')
         if ax.get_legend_handles_labels()[0]: ax.legend()
         return ax
@@ -156,7 +165,8 @@ class Run:
         self.plan, self.start, self.histories = plan, start, []
         line = plan.damping
         self.steadiness = None if line is None else Steadiness(line.trust, line.first, line.memory)
-        self.follows = [False]*plan.n_steps if line is None else plan.slopes.any(1).tolist()    # steps at which a line is followed
+        # steps at which a line is followed
+        self.follows = [False]*plan.n_steps if line is None else plan.slopes.any(1).tolist()
 
     def in_any(self, flag):
         "Whether something holds here or in another process of the meshes: a block that one process runs and another skips would wait for ever"
@@ -171,7 +181,8 @@ class Run:
         "Watch the sample of step i, where the plan measures how far its lines may be followed"
         if self.steadiness is None or sample is None: return
         share = float(i) if self.sigmas is None else self.sigmas[i]
-        self.steadiness.see(i, sample, share, self.plan.is_pass[i - self.start], moment.flow or self.sigmas is None, moment.kept)
+        self.steadiness.see(i, sample, share, self.plan.is_pass[i - self.start], moment.flow or self.sigmas is None,
+                            moment.kept)
 
     def weigh(self, rows, i):
         "The tensors of the feature that row i of the plan's weights or checks makes, or None if a pass that it needs is missing"
@@ -204,7 +215,8 @@ class Run:
         if self.in_any(not all(map(is_finite, feature))): return False
         if not self.histories: self.histories = [History(self.plan, self.device) for _ in feature]
         feature = [x.to(h.widened(narrowest(x, self.signature))) for h, x in zip(self.histories, feature)]
-        if self.measure and self.plan.checks[i - self.start].any() and (h := self.weigh(self.plan.checks, i)) is not None: self.errors[i] = relative_error(h, feature)
+        if self.measure and self.plan.checks[i - self.start].any():
+            if (h := self.weigh(self.plan.checks, i)) is not None: self.errors[i] = relative_error(h, feature)
         if self.plan.is_pass[i - self.start]:
             for history, x in zip(self.histories, feature): history.store(i - self.start, x)
         self.nbytes = max(self.nbytes, sum(h.nbytes for h in self.histories))
@@ -217,7 +229,8 @@ class Run:
         "Give the memory back; the statistics of the run"
         self.done, self.histories, self.leaves, self.form = True, [], None, None
         at = lambda steps: {self.first + i: x for i, x in steps.items()}           # steps of the run, not of the share
-        return RunStats(self.context, self.n_steps, [self.first + i for i in self.passes], at(self.fallbacks), at({i: e.item() for i, e in self.errors.items()}), self.nbytes,
+        return RunStats(self.context, self.n_steps, [self.first + i for i in self.passes], at(self.fallbacks),
+                        at({i: e.item() for i, e in self.errors.items()}), self.nbytes,
                         at(self.steadiness.ratios) if self.steadiness else {})
 
 # %% ../nbs/09_hook.ipynb #7dfb8f49
@@ -227,7 +240,8 @@ class Calls(namedtuple('Calls', 'key step time n before unsure checked', default
 
     def following(self, moment, time):
         "With another call, at a moment of the same run"
-        if self.step == moment.step: return self._replace(time=time, n=self.n + 1, unsure=self.unsure or not moment.sure)
+        if self.step == moment.step:
+            return self._replace(time=time, n=self.n + 1, unsure=self.unsure or not moment.sure)
         return Calls(self.key, moment.step, time, 1, self.n, not moment.sure, self.unsure and self.n > self.before)
 
     @property
@@ -241,7 +255,7 @@ FOR_BLOCKS = re.compile('.*additional_residuals?|controlnet.*(samples|states|res
 def residuals_of(
     names,  # of the parameters of a denoiser's `forward`
 ):          # those that a ControlNet or an adapter fills
-    "What only the blocks consume: left out where no block runs, since some models look afterwards whether all of it was used up"
+    "What only the blocks consume: left out where no block runs, since some models look whether all of it was used up"
     return frozenset(n for n in names if FOR_BLOCKS.fullmatch(n))
 
 # %% ../nbs/09_hook.ipynb #aa439185
@@ -252,8 +266,9 @@ class NoGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        raise RuntimeError('a gradient was asked of a forecast, where no block ran: it would be wrong. Sample under torch.no_grad(); '
-                           'where you differentiate through sampling, run every step in full, by SpectrumConfig(speedup=1), '
+        raise RuntimeError('a gradient was asked of a forecast, where no block ran: it would be wrong. '
+                           'Sample under torch.no_grad(); where you differentiate through sampling, '
+                           'run every step in full, by SpectrumConfig(speedup=1), '
                            'or remove() the handle before')
 
 def without_gradient(
@@ -269,7 +284,8 @@ def with_gradient(tensors):
     return [x for x in tensors if isinstance(x, torch.Tensor) and x.requires_grad]
 
 # %% ../nbs/09_hook.ipynb #f63baab2
-LIBRARIES = ('torch', 'diffusers', 'accelerate', 'transformers', 'peft', 'torchao', 'deepspeed', 'spectrum_nb')     # whose wrappers and hooks are known to be harmless
+# whose wrappers and hooks are known to be harmless
+LIBRARIES = ('torch', 'diffusers', 'accelerate', 'transformers', 'peft', 'torchao', 'deepspeed', 'spectrum_nb')
 
 def is_known(function):
     "Whether a function is of a library whose wrappers keep what they wrap"
@@ -282,7 +298,8 @@ def innermost(
     hooks = getattr(vars(module).get('_diffusers_hook'), '_fn_refs', None)
     if hooks: forward = hooks[0].original_forward or hooks[0].forward
     else: forward = vars(module).get('_old_forward') or module.forward
-    while isinstance(forward, functools.partial) and forward.args[:1] and forward.args[0] is module: forward = forward.func
+    while isinstance(forward, functools.partial) and forward.args[:1] and forward.args[0] is module:
+        forward = forward.func
     return getattr(forward, '__func__', forward)
 
 def foreign_forward(
@@ -296,7 +313,8 @@ def foreign_forward(
     if forward is not own and inspect.unwrap(forward) is not inspect.unwrap(own): return name(forward), True
     if getattr(own, '__qualname__', '') != f'{owner.__qualname__}.forward': return name(own), is_known(owner)
     code = getattr(own, '__code__', None)
-    beside = code is not None and (code.co_filename == inspect.unwrap(own).__code__.co_filename or any(f'/{lib}/' in Path(code.co_filename).as_posix() for lib in LIBRARIES))
+    beside = code is not None and (code.co_filename == inspect.unwrap(own).__code__.co_filename
+                                   or any(f'/{lib}/' in Path(code.co_filename).as_posix() for lib in LIBRARIES))
     return None if beside else (f'a wrapper from {code.co_filename if code else own!r}', False)
 
 def check_forward(
@@ -305,8 +323,11 @@ def check_forward(
 ):
     "A `RuntimeError` if somebody replaced `forward`, a warning if somebody may have"
     if (found := foreign_forward(module)) is None: return
-    said = f"forward of this {type(module).__name__} is not its class's own but {found[0]}: another accelerator? Two would forecast from each other's forecasts"
-    if found[1] and feature == 'hidden': raise RuntimeError(f"{said}. Take the other one off first (restore the class's forward, or disable its cache); if it only computes the same faster, feature='output' works with it")
+    said = (f"forward of this {type(module).__name__} is not its class's own but {found[0]}: another accelerator? "
+            f"Two would forecast from each other's forecasts")
+    if found[1] and feature == 'hidden':
+        raise RuntimeError(f"{said}. Take the other one off first (restore the class's forward, or disable its "
+                           f"cache); if it only computes the same faster, feature='output' works with it")
     warnings.warn(f'{said}; make sure that it runs the blocks at every call', stacklevel=4)
 
 def readers_of(
@@ -314,8 +335,10 @@ def readers_of(
 ):           # (names of attention processors that keep maps, names of hooks)
     "Who reads what the blocks leave behind"
     inside = [m for b in blocks for m in b.modules()]
-    keepers = {type(p).__name__ for m in inside for p in [getattr(m, 'processor', None)] if p is not None and any('store' in n or n in ('attention_probs', 'controller') for n in getattr(p, '__dict__', ()))}
-    hooks = {f'{h.__module__}.{h.__qualname__}' for m in inside for h in m._forward_hooks.values() if inspect.isfunction(h) and not is_known(h)}
+    keepers = {type(p).__name__ for m in inside for p in [getattr(m, 'processor', None)] if p is not None
+               and any('store' in n or n in ('attention_probs', 'controller') for n in getattr(p, '__dict__', ()))}
+    hooks = {f'{h.__module__}.{h.__qualname__}' for m in inside for h in m._forward_hooks.values()
+             if inspect.isfunction(h) and not is_known(h)}
     return sorted(keepers), sorted(hooks)
 
 def adapters_of(
@@ -325,7 +348,8 @@ def adapters_of(
     "Which adapters are loaded and on, as one of the layers says"
     loaded = tuple(vars(module).get('peft_config') or ())
     if layer is None: return loaded
-    return loaded, tuple(layer.active_adapters), layer.disable_adapters, tuple(layer.merged_adapters), tuple(getattr(layer, 'scaling', {}).items())
+    on = tuple(layer.active_adapters), layer.disable_adapters, tuple(layer.merged_adapters)
+    return loaded, *on, tuple(getattr(layer, 'scaling', {}).items())
 
 def adapted_layer(module):
     "The first layer that peft adapted, or None"
@@ -336,7 +360,8 @@ def signature_of(value):
     "Shape, dtype and device of a tensor, or of the tensors in a list: what must not change within a run"
     if isinstance(value, (list, tuple)): return tuple(map(signature_of, value))
     if not isinstance(value, torch.Tensor): return None
-    return tuple(value.shape), None if torch.is_autocast_enabled(value.device.type) else value.dtype, value.device      # autocast makes the same of any dtype
+    # autocast makes the same of any dtype
+    return tuple(value.shape), None if torch.is_autocast_enabled(value.device.type) else value.dtype, value.device
 
 class Reference(HookFunctionReference):
     "Diffusers' pointer to what Spectrum calls: when a hook beneath is taken away, `forward` is set anew, and that must not replace Spectrum"
@@ -350,19 +375,21 @@ def meshes_of(
 ):           # tuple of device meshes
     "The processes among which the denoiser's weights (FSDP, tensor parallelism) or its sequence (context parallelism) are divided"
     parallel = getattr(getattr(module, '_parallel_config', None), 'context_parallel_config', None)
-    found = ([parallel._mesh] if parallel is not None else []) + [p.device_mesh for p in module.parameters() if hasattr(p, 'device_mesh')]
+    found = ([parallel._mesh] if parallel is not None else []) + [p.device_mesh for p in module.parameters()
+                                                                  if hasattr(p, 'device_mesh')]
     return tuple(dict.fromkeys(found))
 
 def forget_compiled(module):
     "What Dynamo compiled of `forward` is not used any more: its guards do not look at the hooks of the heads"
     forward = type(module).forward
-    while forward: torch._C._dynamo.eval_frame.reset_code(forward.__code__); forward = getattr(forward, '__wrapped__', None)
+    while forward:
+        torch._C._dynamo.eval_frame.reset_code(forward.__code__); forward = getattr(forward, '__wrapped__', None)
 
 FULLGRAPH = ('Spectrum decides at each call which blocks run, so a denoiser as a whole is no single graph; '
              'compile its blocks, denoiser.compile_repeated_blocks(fullgraph=True), or leave fullgraph out')
 
-SAME_TIME = ('{} calls carried the same time ({!r}), and a repeated time is another call of the same step: nothing is saved. '
-             'Give each step its time')
+SAME_TIME = ('{} calls carried the same time ({!r}), and a repeated time is another call of the same step: '
+             'nothing is saved. Give each step its time')
 
 MORE_STEPS = ('this run has more than the {} steps that were said: those beyond run in full. '
               'Apply Spectrum with n_steps=… of the longest')
@@ -380,10 +407,13 @@ class SpectrumHook(ModelHook):
         super().__init__()
         self.handle, self.anatomy, self.clock = handle, anatomy, clock
         self.contexts, self.runs, self.calls, self.callers, self.attached = StateManager(dict), {}, {}, {}, ExitStack()
-        self.aside, self.ticks = {}, 0                         # {context: unfinished run of another thread}; calls so far
-        self.pending, self.counts = None, False                # what is to be counted of the last call; whether it was made
+        # {context: unfinished run of another thread}; calls so far
+        self.aside, self.ticks = {}, 0
+        # what is to be counted of the last call; whether it was made
+        self.pending, self.counts = None, False
         self.stand_ins = {}                                    # for the blocks, in a forecast
-        self.seen, self.given = None, None      # at the heads: what they are given in a pass, what to give them in a forecast
+        # at the heads: what they are given in a pass, what to give them in a forecast
+        self.seen, self.given = None, None
 
     def initialize_hook(self, module):
         "Attach to the heads; learn the names of the sample and its time, the first parameters of `forward`"
@@ -392,7 +422,8 @@ class SpectrumHook(ModelHook):
         self.time_place = names.index(self.time_name) if self.time_name else None
         self.leads = residuals_of(names)
         self.lead_places = [k for k, n in enumerate(names) if n in self.leads]
-        for name in self.anatomy.heads if self.anatomy else (): self.attached.enter_context(head_hook(module.get_submodule(name), self.at_head(name)))
+        for name in self.anatomy.heads if self.anatomy else ():
+            self.attached.enter_context(head_hook(module.get_submodule(name), self.at_head(name)))
         forget_compiled(module)
         return module
 
@@ -403,16 +434,21 @@ class SpectrumHook(ModelHook):
         forget_compiled(module)
         return module
 
-    def reset_state(self, module=None): self.runs, self.calls, self.aside, self.pending, self.counts = {}, {}, {}, None, False
+    def reset_state(self, module=None):
+        self.runs, self.calls, self.aside, self.pending, self.counts = {}, {}, {}, None, False
 
-    def __reduce_ex__(self, protocol): raise RuntimeError('a denoiser cannot be copied or pickled while Spectrum is applied: the copy would share its runs; remove() first, save_pretrained works')
+    def __reduce_ex__(self, protocol):
+        raise RuntimeError('a denoiser cannot be copied or pickled while Spectrum is applied: the copy would share '
+                           'its runs; remove() first, save_pretrained works')
 
     def at_head(self, name):
         "What is done with the first argument of a head"
         @torch.compiler.disable
         def exchange(h):
             if self.given is not None:
-                if name not in self.given: raise RuntimeError(f'the head {name!r} is called at a forecast step, and was not at the last pass: a stream that comes and goes within a run cannot be forecast')
+                if name not in self.given:
+                    raise RuntimeError(f'the head {name!r} is called at a forecast step, and was not at the last '
+                                       f'pass: a stream that comes and goes within a run cannot be forecast')
                 return self.given[name].to(h.dtype)
             if self.seen is not None: self.seen.setdefault(name, []).append(h)
             return h
@@ -438,15 +474,18 @@ class SpectrumHook(ModelHook):
         if step is not None:
             if step >= moment.n_steps: return None, step, moment
             last = self.calls.get(name)
-            calls = last.following(moment, time) if last and last.key is key else Calls(key, step, time, unsure=not moment.sure)
+            if last and last.key is key: calls = last.following(moment, time)
+            else: calls = Calls(key, step, time, unsure=not moment.sure)
             if calls.n > 1 and moment.sure: self.check_time(last.time, time)
-            if calls.n == 2*moment.n_steps + 30 and step == 0: self.handle.warn_once(SAME_TIME.format(calls.n, self.time_name))
+            if calls.n == 2*moment.n_steps + 30 and step == 0:
+                self.handle.warn_once(SAME_TIME.format(calls.n, self.time_name))
         run = self.run_of(moment, name if calls is None or calls.n == 1 else f'{name}#{calls.n}', module)
         self.pending = name, calls
         if step is None: return run, run.step, moment
         if last and last.key is key and last.step < step and last.foreign:
             for n, r in self.runs.items():
-                if r.key is key and not r.done and (n == name or n.startswith(f'{name}#')): self.begin_anew(r, step, step, FOREIGN)
+                if r.key is key and not r.done and (n == name or n.startswith(f'{name}#')):
+                    self.begin_anew(r, step, step, FOREIGN)
         elif moment.anew: self.begin_anew(run, step, step, moment.anew)
         elif calls.checked and step < run.n_steps and not run.plan.is_pass[step - run.start] and step not in run.forced:
             run.forced.add(step); run.fallbacks[step] = IN_DOUBT.format(last.step)
@@ -454,7 +493,8 @@ class SpectrumHook(ModelHook):
 
     def check_time(self, before, time):
         "A `RuntimeError` if two calls at one step of a scheduler have different times"
-        if not (isinstance(before, torch.Tensor) and isinstance(time, torch.Tensor)) or before.flatten()[:1].tolist() == time.flatten()[:1].tolist(): return
+        if not (isinstance(before, torch.Tensor) and isinstance(time, torch.Tensor)): return
+        if before.flatten()[:1].tolist() == time.flatten()[:1].tolist(): return
         raise self.clock.untold(self.clock.pipe, 'two calls at one of its steps have different times')
 
     def run_of(self, moment, name, module):
@@ -462,7 +502,8 @@ class SpectrumHook(ModelHook):
         run, key, step = self.runs.get(name), moment.run, moment.step
         if run is not None and run.key is not key:
             before, run = run, self.aside.pop(name, None)
-            if before.thread != get_ident() and not before.done and not moment.sure: self.aside[name] = before     # another thread may go on with it
+            # another thread may go on with it
+            if before.thread != get_ident() and not before.done and not moment.sure: self.aside[name] = before
             if run is not None and run.key is key: self.runs[name] = run
             else: run = None
             since = before.began
@@ -484,9 +525,11 @@ class SpectrumHook(ModelHook):
     KEPT = 256      # contexts
 
     def forget(self, key, since, sure, name):
-        "Let go of what is left of other runs: of a pipeline's of another key, of a bare denoiser's contexts that were not called since its last run began"
+        """Let go of what is left of other runs: of a pipeline's, those of another key;
+        of a bare denoiser's, contexts that were not called since its last run began"""
         before = self.runs
-        self.runs = {n: r for n, r in [*self.runs.items()][-self.KEPT:] if r.key is key or (not sure and r.called >= since)}
+        latest = [*self.runs.items()][-self.KEPT:]
+        self.runs = {n: r for n, r in latest if r.key is key or (not sure and r.called >= since)}
         if not sure:
             for n in before.keys() - self.runs.keys() - {name}: self.clock.forget(n)
         self.calls = {n: c for n, c in [*self.calls.items()][-self.KEPT:] if c.key is key or not sure}
@@ -499,7 +542,8 @@ class SpectrumHook(ModelHook):
 
     @torch.compiler.disable(recursive=False, reason=FULLGRAPH)
     def new_forward(self, module, *args, **kwargs):
-        if self.callers.setdefault('now', get_ident()) != get_ident(): raise RuntimeError(TWO_THREADS.format(type(module).__name__))
+        if self.callers.setdefault('now', get_ident()) != get_ident():
+            raise RuntimeError(TWO_THREADS.format(type(module).__name__))
         try: return self.step(module, *args, **kwargs)
         finally: self.callers.clear(); self.seen = self.given = None
 
@@ -507,7 +551,8 @@ class SpectrumHook(ModelHook):
     def step(self, module, *args, **kwargs):
         "One call of the denoiser: a pass or a forecast"
         if getattr(module, 'is_cache_enabled', False):
-            raise RuntimeError('a diffusers cache was enabled on this denoiser after Spectrum was applied; call disable_cache(), or handle.remove()')
+            raise RuntimeError('a diffusers cache was enabled on this denoiser after Spectrum was applied; call '
+                               'disable_cache(), or handle.remove()')
         run, i, h = self.prepare(module, args, kwargs)
         if i is None:
             out = self.fn_ref.original_forward(*args, **kwargs)
@@ -528,7 +573,8 @@ class SpectrumHook(ModelHook):
         "(run, step, tensors of its forecast or None where it must be computed); no step beyond the end of the run"
         run, i, moment = self.find_run(module, args, kwargs)
         if run is None or i >= run.n_steps:
-            if run is None and isinstance(self.clock, TimeClock): self.handle.warn_once(MORE_STEPS.format(self.clock.n_steps))
+            if run is None and isinstance(self.clock, TimeClock):
+                self.handle.warn_once(MORE_STEPS.format(self.clock.n_steps))
             return run, None, None
         sample = args[0] if args else kwargs.get(self.sample_name)
         signature = signature_of(sample)
@@ -548,7 +594,9 @@ class SpectrumHook(ModelHook):
             run.leaves, run.form = pytree.tree_flatten(out)
             return out, [x for x in run.leaves if is_feature(x)]
         for name in self.anatomy.heads if not self.seen else self.seen:
-            if (n := len(self.seen.get(name, ()))) != 1: raise RuntimeError(f'the head {name!r} of {type(module).__name__} was called {n} times in one pass, not once; pass another anatomy')
+            if (n := len(self.seen.get(name, ()))) != 1:
+                raise RuntimeError(f'the head {name!r} of {type(module).__name__} was called {n} times in one pass, '
+                                   f'not once; pass another anatomy')
         run.heads, feature = {}, []
         for name, (x,) in self.seen.items():               # one tensor may go to several heads
             run.heads[name] = next((k for k, y in enumerate(feature) if y is x), len(feature))
@@ -568,7 +616,9 @@ class SpectrumHook(ModelHook):
             out = pytree.tree_unflatten([next(left).to(x.dtype) if is_feature(x) else x for x in run.leaves], run.form)
             return out if not torch.is_grad_enabled() else self.guarded(run, out, module, args, kwargs)
         self.given = {name: feature[k] for name, k in run.heads.items()}
-        if self.leads: args, kwargs = tuple(None if k in self.lead_places else x for k, x in enumerate(args)), kwargs | {n: None for n in self.leads & kwargs.keys()}
+        if self.leads:
+            args = tuple(None if k in self.lead_places else x for k, x in enumerate(args))
+            kwargs = kwargs | {n: None for n in self.leads & kwargs.keys()}
         with without(module, self.anatomy.body, self.stand_ins): out = self.fn_ref.original_forward(*args, **kwargs)
         return out if not torch.is_grad_enabled() else self.guarded(run, out, module, args, kwargs)
 
@@ -576,7 +626,8 @@ class SpectrumHook(ModelHook):
     def guarded(self, run, out, module, args, kwargs):
         "The output of a forecast step where gradients are recorded: of none that would be wrong"
         given = with_gradient(pytree.tree_leaves((args, kwargs)))
-        return without_gradient(out, [*with_gradient(module.parameters()), *given]) if run.differentiable or given else out
+        if not run.differentiable and not given: return out
+        return without_gradient(out, [*with_gradient(module.parameters()), *given])
 
 def is_feature(x):
     "Whether a part of an output is forecast; anything else is handed on as the last pass left it"
@@ -585,8 +636,10 @@ def is_feature(x):
 TWO_THREADS = 'this {} is in the middle of a call in another thread: histories would mix; let one call end before the next begins, or give each thread a pipeline and a denoiser of its own'
 
 # %% ../nbs/09_hook.ipynb #5f12e085
-DENOISERS = 'transformer', 'transformer_2', 'unconditional_transformer', 'unet'    # the names under which pipelines hold them
-ELSEWHERE = 'prior', 'decoder'                                                  # where they hold none under those: StableCascade, Kandinsky, Shap-E
+# the names under which pipelines hold them
+DENOISERS = 'transformer', 'transformer_2', 'unconditional_transformer', 'unet'
+# where they hold none under those: StableCascade, Kandinsky, Shap-E
+ELSEWHERE = 'prior', 'decoder'
 
 @contextmanager
 def beneath_offloading(
@@ -605,7 +658,9 @@ def own_registry(
     "See to it that a module has a registry of diffusers' hooks of its own; a shallow copy has that of its original"
     before = vars(module).get('_diffusers_hook')
     if before is None or before._module_ref is not module:
-        if before is not None and before.hooks: raise RuntimeError(f'this {type(module).__name__} shares the hooks {[*before.hooks]} of another one (a shallow copy?): take them off first, or copy before hooks are put on')
+        if before is not None and before.hooks:
+            raise RuntimeError(f'this {type(module).__name__} shares the hooks {[*before.hooks]} of another one (a '
+                               f'shallow copy?): take them off first, or copy before hooks are put on')
         module._diffusers_hook = HookRegistry(module)
     return before
 
@@ -648,7 +703,10 @@ class ShellWatch:
     def after(self, shell, args, out):
         bypassed = self.hook.ticks == self.ticks
         self.remove()
-        if bypassed: raise RuntimeError(f'{type(shell).__name__} does not call the denoiser that it wraps, but computes with its blocks: Spectrum, which sits on the denoiser, is never asked. Apply it to a pipeline that holds the denoiser itself')
+        if bypassed:
+            raise RuntimeError(f'{type(shell).__name__} does not call the denoiser that it wraps, but computes with '
+                               f'its blocks: Spectrum, which sits on the denoiser, is never asked. Apply it to a '
+                               f'pipeline that holds the denoiser itself')
 
     def remove(self):
         "Stop looking"
@@ -686,20 +744,28 @@ class SpectrumHandle:
         "A `RuntimeError` if somebody reads the attention maps of blocks that a run is to skip; a warning if hooks wait for them"
         if run.plan.is_pass.all(): return
         keepers, hooks = readers_of(blocks_of(module, anatomy) if anatomy else [m for m in module.children()])
-        if keepers: raise RuntimeError(f'{", ".join(keepers)} keeps attention maps for somebody who reads them at every step (as self-attention guidance, Attend-and-Excite and LEDITS++ do), and no block runs at a forecast step: '
-                                       'such a pipeline cannot be accelerated so. SpectrumConfig(speedup=1) runs every step in full; without that guidance it works')
-        if hooks: self.warn_once(f'forward hooks on the blocks ({", ".join(hooks[:3])}) are not called at forecast steps, since no block runs there')
+        if keepers:
+            raise RuntimeError(f'{", ".join(keepers)} keeps attention maps for somebody who reads them at every step '
+                               f'(as self-attention guidance, Attend-and-Excite and LEDITS++ do), and no block runs '
+                               f'at a forecast step: such a pipeline cannot be accelerated so. '
+                               f'SpectrumConfig(speedup=1) runs every step in full; without that guidance it works')
+        if hooks:
+            self.warn_once(f'forward hooks on the blocks ({", ".join(hooks[:3])}) are not called at forecast steps, '
+                           f'since no block runs there')
 
     def _new_plan(self, n_steps, rest, sigmas, whole):
         if isinstance(self.config, Plan):
             if rest: return make_plan(SpectrumConfig(speedup=1), n_steps)
             if self.config.n_steps != n_steps:
-                raise ValueError(f'the plan is for {self.config.n_steps} steps but the run has {n_steps}; make_plan(config, n_steps={n_steps}), or pass the config itself')
+                raise ValueError(f'the plan is for {self.config.n_steps} steps but the run has {n_steps}; '
+                                 f'make_plan(config, n_steps={n_steps}), or pass the config itself')
             return self.config
         plan = make_plan(self.config.share(n_steps/whole) if whole else self.config, n_steps, sigmas)
-        if len(plan.passes) == n_steps and not rest and not self.all_wanted(n_steps):      # once for each length: plans are kept
+        # once for each length: plans are kept
+        if len(plan.passes) == n_steps and not rest and not self.all_wanted(n_steps):
             warnings.warn(f'a run of {n_steps} steps is no longer than the passes that {self.config.schedule!r} gives it: '
-                          'every step is a full pass, nothing is saved; give a number of passes to have fewer', stacklevel=2)
+                          'every step is a full pass, nothing is saved; give a number of passes to have fewer',
+                          stacklevel=2)
         return plan
 
     def all_wanted(self, n_steps):
@@ -711,9 +777,13 @@ class SpectrumHandle:
         "The `Run` that begins at a moment"
         plan = self.plan_for(moment.n_steps, sigmas=moment.sigmas, whole=moment.whole)
         if moment.noisy and isinstance(self.config, SpectrumConfig) and len(plan.passes) < plan.n_steps:
-            raise ValueError(f'{moment.noisy} adds noise at every step: features then jump, and their forecasts are worthless (measured on the page "samplers"). Use a deterministic scheduler, or fewer steps of this one; a Plan of your own is followed as it is')
+            raise ValueError(f'{moment.noisy} adds noise at every step: features then jump, and their forecasts are '
+                             f'worthless (measured on the page "samplers"). Use a deterministic scheduler, or fewer '
+                             f'steps of this one; a Plan of your own is followed as it is')
         if moment.n_calls not in (None, plan.n_steps): plan = plan.first(moment.n_calls)
-        run = Run(plan, context, moment.run, moment.first, moment.sigmas, moment.whole or moment.n_steps, getattr(self.config, 'tolerance', None), self.history_device, self.measure, meshes_of(module), self.watch)
+        run = Run(plan, context, moment.run, moment.first, moment.sigmas, moment.whole or moment.n_steps,
+                  getattr(self.config, 'tolerance', None), self.history_device, self.measure, meshes_of(module),
+                  self.watch)
         if moment.step: self.begin_rest(run, moment.step)      # a context that begins late: a guidance of its own
         return run
 
@@ -728,8 +798,11 @@ class SpectrumHandle:
         name = type(denoiser).__name__
         for module in denoiser.modules():
             for hook_name, hook in getattr(vars(module).get('_diffusers_hook'), 'hooks', {}).items():
-                if hook_name == SpectrumHook.NAME: raise RuntimeError(f'Spectrum is already applied to this {name}; call remove() on its handle first')
-                if hook._is_stateful: raise RuntimeError(f'this {name} has the cache {hook_name!r} of diffusers enabled; disable it first, two caches would corrupt each other')
+                if hook_name == SpectrumHook.NAME:
+                    raise RuntimeError(f'Spectrum is already applied to this {name}; call remove() on its handle first')
+                if hook._is_stateful:
+                    raise RuntimeError(f'this {name} has the cache {hook_name!r} of diffusers enabled; disable it '
+                                       f'first, two caches would corrupt each other')
         check_forward(denoiser, self.feature)
         hook, before = SpectrumHook(self, anatomy, clock), own_registry(denoiser)
         with beneath_offloading(denoiser):
@@ -744,7 +817,8 @@ class SpectrumHandle:
             clock = hook.clock
             if not isinstance(clock, PipelineClock) or clock.pipe is not pipe: continue
             new = held.get(clock.attribute)
-            if new is not None and new is not denoiser and not any(new is d for d, *_ in self._hooked): self.replace(clock.attribute, denoiser, new)
+            if new is not None and new is not denoiser and not any(new is d for d, *_ in self._hooked):
+                self.replace(clock.attribute, denoiser, new)
 
     def report(self):
         "A `Report` on the finished runs"
@@ -758,7 +832,9 @@ class SpectrumHandle:
 
     def remove(self):
         "Put every denoiser back as it was; the statistics stay. A `RuntimeError` in the middle of a call"
-        if any(hook.callers for hook in self.hooks): raise RuntimeError('Spectrum cannot be removed in the middle of a call of the denoiser; remove it when the call is over')
+        if any(hook.callers for hook in self.hooks):
+            raise RuntimeError('Spectrum cannot be removed in the middle of a call of the denoiser; remove it when '
+                               'the call is over')
         for hook in self.hooks: hook.reset_state()
         while self._watches: self._watches.pop().remove()
         while self._hooked: self._take_off(*self._hooked.pop())
@@ -769,9 +845,11 @@ class SpectrumHandle:
         with beneath_offloading(denoiser):
             outer = vars(denoiser).get('forward') if registry._hook_order[-1] == SpectrumHook.NAME else ours
             registry.remove_hook(SpectrumHook.NAME, recurse=False)
-            hook.fn_ref.spectrum = hook.fn_ref.original_forward                     # for a wrapper that somebody has put around `forward` since, and keeps
+            # for a wrapper that somebody has put around `forward` since, and keeps
+            hook.fn_ref.spectrum = hook.fn_ref.original_forward
             if outer is not ours and callable(outer): denoiser.forward = outer
-            if getattr(vars(denoiser).get('forward'), '__func__', None) is type(denoiser).forward and '_old_forward' not in vars(denoiser): del denoiser.forward
+            plain = getattr(vars(denoiser).get('forward'), '__func__', None) is type(denoiser).forward
+            if plain and '_old_forward' not in vars(denoiser): del denoiser.forward
         if registry.hooks or before is registry: return
         if before is None: del denoiser._diffusers_hook
         else: denoiser._diffusers_hook = before
@@ -779,16 +857,19 @@ class SpectrumHandle:
     def replace(self, name, old, new):
         "Move from a denoiser that a pipeline does not hold any more to the one that it holds instead"
         denoiser, before, hook, ours = entry = next(e for e in self._hooked if e[0] is old)
-        if hook.callers: raise RuntimeError(f'{name} was replaced in the middle of a call of it; replace it when the call is over')
+        if hook.callers:
+            raise RuntimeError(f'{name} was replaced in the middle of a call of it; replace it when the call is over')
         clock = PipelineClock(hook.clock.pipe, new, hook.clock.name, hook.clock.teller, hook.clock.attribute)
         self._hooked.remove(entry)
         self._take_off(*entry)
         self._add(new, self.anatomy, clock)
-        self.warn_once(f'the pipeline holds another {name} than Spectrum was applied to: from now on that one is accelerated, and the first is as it was')
+        self.warn_once(f'the pipeline holds another {name} than Spectrum was applied to: from now on that one is '
+                       f'accelerated, and the first is as it was')
 
     def __enter__(self): return self
     def __exit__(self, *_): self.remove()
-    def __repr__(self): return f'<Spectrum {self.config} on {[type(d).__name__ for d, *_ in self._hooked] or "nothing (removed)"}, {len(self.stats)} finished runs>'
+    def __repr__(self):
+        return f'<Spectrum {self.config} on {[type(d).__name__ for d, *_ in self._hooked] or "nothing (removed)"}, {len(self.stats)} finished runs>'
 
 # %% ../nbs/09_hook.ipynb #bfe799aa
 def apply_spectrum(
@@ -819,29 +900,42 @@ def apply_spectrum(
                          f'SpectrumConfig(…, {said[0]}=…) has it, too')
     if n_passes is not None and n_steps is not None: check_number('n_passes', n_passes, 1, Integral, n_steps)
     if config is None: config = SpectrumConfig(n_passes=n_passes, speedup=speedup)
-    if not isinstance(config, (SpectrumConfig, Plan)): raise TypeError(f'apply_spectrum needs a SpectrumConfig or a Plan, not {type(config).__name__}')
-    for name, value, known in (('feature', feature, ('hidden', 'output')), ('history_device', history_device, ('same', 'cpu'))):
+    if not isinstance(config, (SpectrumConfig, Plan)):
+        raise TypeError(f'apply_spectrum needs a SpectrumConfig or a Plan, not {type(config).__name__}')
+    for name, value, known in (('feature', feature, ('hidden', 'output')),
+                               ('history_device', history_device, ('same', 'cpu'))):
         if value not in known: raise ValueError(f'{name} must be one of {known}, not {value!r}')
-    if getattr(config, 'tolerance', None) is not None and not measure: raise ValueError('a tolerance needs the measured errors: leave measure=True')
+    if getattr(config, 'tolerance', None) is not None and not measure:
+        raise ValueError('a tolerance needs the measured errors: leave measure=True')
     if isinstance(target, (DiffusionPipeline, ModularPipeline)):
         found = find_denoisers(target)
-        if not found: raise ValueError(f'{type(target).__name__} has no denoiser under {DENOISERS}; apply Spectrum to the module itself')
-        if not hasattr(target, 'scheduler'): raise ValueError(f'{type(target).__name__} has no scheduler of that name, so steps cannot be told apart; apply Spectrum to the denoiser itself, which goes by the times of its calls: apply_spectrum(pipe.{next(iter(found))}, n_steps=…)')
+        if not found:
+            raise ValueError(f'{type(target).__name__} has no denoiser under {DENOISERS}; apply Spectrum to the '
+                             f'module itself')
+        if not hasattr(target, 'scheduler'):
+            raise ValueError(f'{type(target).__name__} has no scheduler of that name, so steps cannot be told apart; '
+                             f'apply Spectrum to the denoiser itself, which goes by the times of its calls: '
+                             f'apply_spectrum(pipe.{next(iter(found))}, n_steps=…)')
         if n_steps is not None: raise ValueError('n_steps is for a bare denoiser; a pipeline knows its own')
         teller = RunTeller()
-        todo = [(m, PipelineClock(target, m, name if len(found) > 1 else '', teller, name)) for name, m in found.items()]
+        todo = [(m, PipelineClock(target, m, name if len(found) > 1 else '', teller, name))
+                for name, m in found.items()]
     elif isinstance(target, nn.Module):
         if n_steps is None and isinstance(config, Plan): n_steps = config.n_steps
-        if n_steps is None: raise ValueError('a bare denoiser does not know how many steps a run has: pass n_steps, or a Plan')
+        if n_steps is None:
+            raise ValueError('a bare denoiser does not know how many steps a run has: pass n_steps, or a Plan')
         check_number('n_steps', n_steps, 1, Integral)
         todo = [(unwrapped(target), TimeClock(n_steps))]
-    else: raise TypeError(f'apply_spectrum needs a diffusers pipeline or a denoiser (nn.Module), not {type(target).__name__}')
+    else:
+        raise TypeError(f'apply_spectrum needs a diffusers pipeline or a denoiser (nn.Module), not '
+                        f'{type(target).__name__}')
     handle = SpectrumHandle(config, feature, history_device, measure, watch, anatomy)
     try:
         if n_steps is not None: handle.plan_for(n_steps)
         for denoiser, clock in todo: handle._add(denoiser, anatomy, clock)
         outer = [target] if isinstance(target, nn.Module) else [getattr(target, name) for name in found]
-        handle._watches += [ShellWatch(m, hook) for m, hook in zip(outer, handle.hooks) if m is not unwrapped(m) and '_orig_mod' not in m._modules]
+        handle._watches += [ShellWatch(m, hook) for m, hook in zip(outer, handle.hooks)
+                            if m is not unwrapped(m) and '_orig_mod' not in m._modules]
         if isinstance(target, DiffusionPipeline): handle._watches.append(SwapWatch(handle, target))
     except BaseException:
         handle.remove()
