@@ -234,6 +234,19 @@ def test_pictures_as_arguments(what, tmp_path, monkeypatch):
     assert {len(p) for p in ran['passes'].values()} == {3} and np.isfinite(sample).all()
     assert sample_all(pipe, all_jobs(['a red circle'], [0]), tmp_path/'run', dict(steps=6), 6, SpectrumConfig(n_passes=3), call) == (1, 0, [])
 
+def test_a_picture_from_the_command_line(tmp_path, capsys):
+    from spectrum_nb.cli import sample
+    pipe, _ = tiny('tiny-flux')
+    diffusers.FluxImg2ImgPipeline(**pipe.components).save_pretrained(tmp_path/'model')
+    picture().save(tmp_path/'picture.png')
+    (tmp_path/'text.png').write_text('no picture')
+    given = dict(prompt='a red circle', model=str(tmp_path/'model'), steps=10, guidance=2.5, height=32, width=32, device='cpu')
+    sample(**given, image=str(tmp_path/'picture.png'), out=str(tmp_path/'sample'))
+    assert Image.open(tmp_path/'sample.png').size == (32, 32) and 'passes of 6 steps' in capsys.readouterr().out     # of strength .6
+    with pytest.raises((ValueError, SystemExit)): sample(**given, image=str(tmp_path/'text.png'), out=str(tmp_path/'other'))
+    with pytest.raises((ValueError, SystemExit)): sample(**given | dict(model='tiny-flux'), image=str(tmp_path/'picture.png'), out=str(tmp_path/'other'))
+    assert not (tmp_path/'other.png').exists()
+
 def test_nothing_of_ours_passes_a_prompt_by_place():
     import ast
     from pathlib import Path

@@ -313,9 +313,8 @@ def sample_once(pipe, prompt, seed, n_steps, call):
 def record_one(pipe, prompt, seed, n_steps, call, sketch, n_probes):
     "What one full run tells, and disturbed ones: tensors by name"
     features = {}
-    with listening(pipe) as heard, apply_spectrum(pipe, Plan(range(n_steps), np.eye(n_steps)), watch=lambda context,
-                                                  step,
-                                                  feature: features.setdefault(context, []).append(sketch(feature))):
+    def watch(context, step, feature): features.setdefault(context, []).append(sketch(feature))
+    with listening(pipe) as heard, apply_spectrum(pipe, Plan(range(n_steps), np.eye(n_steps)), watch=watch):
         last = sample_once(pipe, prompt, seed, n_steps, call)
         sigmas = levels_of(pipe.scheduler)
     response, v = response_of(pipe.scheduler, heard), torch.stack(heard.outputs)
@@ -399,8 +398,8 @@ def record(
     if len(find_denoisers(pipe)) != 1:
         raise ValueError(f'{type(pipe).__name__} has {len(find_denoisers(pipe))} denoisers, each with steps of its '
                          f'own; only a pipeline with one can be calibrated')
-    (denoiser,), about = find_denoisers(pipe).values(), set_up(pipe, n_steps, call) | dict(prompts=len(prompts),
-                                                                                           seeds=seeds)
+    denoiser, = find_denoisers(pipe).values()
+    about = set_up(pipe, n_steps, call) | dict(prompts=len(prompts), seeds=seeds)
     if keep:
         check_kept(keep,
                    about | dict(texts=prompts, probes=probes, sketch=sketch, arguments=call, dtype=str(pipe.dtype),
@@ -408,8 +407,8 @@ def record(
                                                    for p in denoiser.parameters() if p.device.type != 'meta'])))
     sketch = Sketch(sketch)
     parts = [kept(keep and Path(keep)/f'prompt_{k}.safetensors',
-                  partial(record_one, pipe, prompt, seed, n_steps, call, sketch, probes[0]*(k < probes[1]))) for k,
-                  (prompt, seed) in enumerate(zip(tqdm(prompts, desc='full runs'), seeds))]
+                  partial(record_one, pipe, prompt, seed, n_steps, call, sketch, probes[0]*(k < probes[1])))
+             for k, (prompt, seed) in enumerate(zip(tqdm(prompts, desc='full runs'), seeds))]
     column = lambda name: np.array([p[name].numpy() for p in parts if name in p])
     hidden = {name[7:]: column(name) for name in parts[0] if name.startswith('hidden/')}
     runs = [(prompt, int(seed), p['last']) for prompt, seed, p in zip(prompts, seeds, parts)]

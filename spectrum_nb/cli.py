@@ -200,9 +200,9 @@ def sample(
     save_json(dict(prompt=prompt, model=model, seed=seed, steps=steps, config=said_of(config, plan),
                    call=digest(call)) | ran | provenance(pipe.device), file.with_suffix('.json'))
     for r in ran['runs']:
-        print(f'{len(r["passes"])} passes of {r["n_steps"]} steps' + (f', context {r["context"]}' if r['context']
-                                                                      else '') + (f', mean error of a forecast '
-                                                                                  f'{np.mean(list(r["errors"].values())):.3f}' if r['errors'] else ''))
+        context = f', context {r["context"]}' if r['context'] else ''
+        error = f', mean error of a forecast {np.mean(list(r["errors"].values())):.3f}' if r['errors'] else ''
+        print(f'{len(r["passes"])} passes of {r["n_steps"]} steps{context}{error}')
     print(f'{ran["seconds"]:.1f} s, {file.resolve()}')
 
 def call_of(pipe, model, guidance, height, width, frames, image=''):
@@ -212,10 +212,8 @@ def call_of(pipe, model, guidance, height, width, frames, image=''):
     for name, side in (('height', height), ('width', width)):
         if side is not None and side < least:
             raise ValueError(f'{name} must be >= {least} for this model, two latents of its VAE, not {side}')
-    return call_defaults(pipe, model) | {k: v for k,
-                                         v in dict(guidance_scale=guidance, height=height, width=width,
-                                                   num_frames=frames, image=picture_of(pipe, image)).items()
-                                                   if v is not None}
+    given = dict(guidance_scale=guidance, height=height, width=width, num_frames=frames, image=picture_of(pipe, image))
+    return call_defaults(pipe, model) | {k: v for k, v in given.items() if v is not None}
 
 def picture_of(pipe, file):
     "The picture in a file, None where no file is named; a `ValueError` for a pipeline that takes none"
@@ -224,8 +222,8 @@ def picture_of(pipe, file):
         raise ValueError(f'{type(pipe).__name__} takes no image; leave --image out, or choose a model that begins '
                          f'from a picture')
     try: return Image.open(file).convert('RGB')
-    except (OSError,
-            ValueError) as e: raise ValueError(f'{file} is no picture that can be read: {first_line(e)}') from None
+    except (OSError, ValueError) as e:
+        raise ValueError(f'{file} is no picture that can be read: {first_line(e)}') from None
 
 def frames_a_second(model):
     "Of a preset; 16 for another model"
