@@ -44,6 +44,8 @@ PASSES = make_plan(PAPER, N).passes
 
 class Toy(ToyDenoiser, CacheMixin): "A denoiser whose answer is 2·(x + 3t), with contexts"
 
+class Cancelled(Exception): "Somebody presses the button"
+
 class Shell(nn.Module):
     "Hands calls and unknown attributes on to what it wraps"
     def __init__(self, inner): super().__init__(); self.inner = inner
@@ -96,9 +98,9 @@ def test_a_shell_that_hands_attributes_on_works_and_is_left_as_it_was(depth, reg
     if registry:
         with shell.cache_context('before'): shell(torch.ones(2, 4), 0.)
     before, plain = state_of(shell), loop(shell, range(3))
-    with pytest.raises(KeyError), apply_spectrum(shell, PAPER, N) as run:
+    with pytest.raises(Cancelled), apply_spectrum(shell, PAPER, N) as run:
         assert right(loop(shell), range(N)) and [s.passes for s in run.stats] == [PASSES]
-        raise KeyError
+        raise Cancelled
     assert state_of(shell) == before and callable(toy.forward) and all(torch.equal(a, b) for a, b in zip(loop(shell, range(3)), plain))
 
 @pytest.mark.parametrize('name, key', [('tiny-sdxl', 'unet'), ('tiny-flux', 'transformer'), ('tiny-wan', 'transformer')])
@@ -177,12 +179,12 @@ def stubbed(cls, embeds, **parts):
     Stubbed.__name__ = cls.__name__
     return Stubbed(**parts)
 
-def kontext():
+def kontext(monkeypatch):
     pipe, call = tiny('tiny-flux')
     made = diffusers.FluxKontextPipeline(**pipe.components)
     return made, call | dict(image=picture(), _auto_resize=False, max_area=32*32)
 
-def wan_i2v():
+def wan_i2v(monkeypatch):
     pipe, call = tiny('tiny-wan')
     c = pipe.transformer.config
     torch.manual_seed(0)
@@ -191,11 +193,38 @@ def wan_i2v():
     made = stubbed(diffusers.WanImageToVideoPipeline, embeds, tokenizer=pipe.tokenizer, text_encoder=pipe.text_encoder, vae=pipe.vae, scheduler=pipe.scheduler, transformer=net, image_encoder=None, image_processor=None)
     return made, call | dict(image=picture())
 
-MADE = dict(kontext=kontext, wan_i2v=wan_i2v)
+def fixed(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+def small_flow(shift=3.):
+    return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=True, base_shift=.5, max_shift=1.15)
+
+def qwen_edit(monkeypatch):
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as module
+    monkeypatch.setattr(module, 'calculate_dimensions', lambda area, ratio: (32, 32, None))        # not a million pixels
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLQwenImage(base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
+                                           latents_mean=[0.]*4, latents_std=[1.]*4).eval()
+    net, _ = small('QwenImageTransformer2DModel')
+    embeds = lambda: (fixed(1, 5, 8), torch.ones(1, 5, dtype=torch.long))
+    made = stubbed(diffusers.QwenImageEditPipeline, embeds, scheduler=small_flow(), vae=vae, text_encoder=None, tokenizer=None, processor=None, transformer=net)
+    return made, dict(image=picture(), height=32, width=32, negative_prompt=' ', true_cfg_scale=2.)
+
+def flux_2(cls, **settings):
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLFlux2(down_block_types=['DownEncoderBlock2D']*2, up_block_types=['UpDecoderBlock2D']*2, block_out_channels=[8, 8],
+                                       layers_per_block=1, latent_channels=1, norm_num_groups=4, use_quant_conv=False, use_post_quant_conv=False).eval()
+    net, _ = small('Flux2Transformer2DModel')
+    made = stubbed(cls, lambda: (fixed(1, 5, 8), torch.zeros(1, 5, 4)), scheduler=small_flow(), vae=vae, text_encoder=None, tokenizer=None, transformer=net, **settings)
+    return made, dict(image=picture(64), height=32, width=32, guidance_scale=2.5)
+
+def flux_2_dev(monkeypatch): return flux_2(diffusers.Flux2Pipeline)
+def klein(monkeypatch): return flux_2(diffusers.Flux2KleinPipeline, is_distilled=False)
+
+MADE = dict(kontext=kontext, wan_i2v=wan_i2v, qwen_edit=qwen_edit, flux_2=flux_2_dev, klein=klein)
 
 @pytest.mark.parametrize('what', MADE)
-def test_pictures_as_arguments(what, tmp_path):
-    pipe, call = MADE[what]()
+def test_pictures_as_arguments(what, tmp_path, monkeypatch):
+    pipe, call = MADE[what](monkeypatch)
     pipe.set_progress_bar_config(disable=True)
     made = record(pipe, ['a red circle'], 6, probes=(1, 1), keep=tmp_path/'parts', **call)
     again = record(pipe, ['a red circle'], 6, probes=(1, 1), keep=tmp_path/'parts', **call)         # a picture is the same picture
@@ -204,6 +233,19 @@ def test_pictures_as_arguments(what, tmp_path):
     sample, ran = make_sample(pipe, 'a red circle', 0, 6, made.plan(3), call)
     assert {len(p) for p in ran['passes'].values()} == {3} and np.isfinite(sample).all()
     assert sample_all(pipe, all_jobs(['a red circle'], [0]), tmp_path/'run', dict(steps=6), 6, SpectrumConfig(n_passes=3), call) == (1, 0, [])
+
+def test_a_picture_from_the_command_line(tmp_path, capsys):
+    from spectrum_nb.cli import sample
+    pipe, _ = tiny('tiny-flux')
+    diffusers.FluxImg2ImgPipeline(**pipe.components).save_pretrained(tmp_path/'model')
+    picture().save(tmp_path/'picture.png')
+    (tmp_path/'text.png').write_text('no picture')
+    given = dict(prompt='a red circle', model=str(tmp_path/'model'), steps=10, guidance=2.5, height=32, width=32, device='cpu')
+    sample(**given, image=str(tmp_path/'picture.png'), out=str(tmp_path/'sample'))
+    assert Image.open(tmp_path/'sample.png').size == (32, 32) and 'passes of 6 steps' in capsys.readouterr().out     # of strength .6
+    with pytest.raises((ValueError, SystemExit)): sample(**given, image=str(tmp_path/'text.png'), out=str(tmp_path/'other'))
+    with pytest.raises((ValueError, SystemExit)): sample(**given | dict(model='tiny-flux'), image=str(tmp_path/'picture.png'), out=str(tmp_path/'other'))
+    assert not (tmp_path/'other.png').exists()
 
 def test_nothing_of_ours_passes_a_prompt_by_place():
     import ast
@@ -238,6 +280,10 @@ def test_a_repeated_time_is_a_second_call_of_the_step(calls):
         for t in range(N):
             for k in range(calls): assert right([toy(torch.full((2, 4), 10.*k), float(t))], [t], 10.*k)
     assert [(s.context, s.passes) for s in run.stats] == [('' if not k else f'#{k + 1}', PASSES) for k in range(calls)] and toy.passes == calls*len(PASSES)
+
+def test_a_time_that_never_moves_is_said():
+    with pytest.warns(UserWarning, match="70 calls carried the same time .'timestep'."), apply_spectrum(toy := Toy(), PAPER, N):
+        for _ in range(80): assert right([toy(torch.ones(2, 4), 1.)], [1.])
 
 def test_guidance_that_begins_late_has_a_history_of_its_own():
     with apply_spectrum(toy := Toy(), PAPER, N):
@@ -290,17 +336,19 @@ def test_tiles_with_a_scheduler_state_each():
 def test_a_panorama():
     pipe, call = tiny('tiny-sdxl')
     model, c = small('UNet2DConditionModel')
-    pano = pytest.importorskip('diffusers').StableDiffusionPanoramaPipeline
+    class Panorama(diffusers.StableDiffusionPanoramaPipeline):
+        "With views of eight latents, not 64"
+        def get_views(self, height, width, **kwargs): return super().get_views(4*height, 4*width, window_size=8, stride=4)
     torch.manual_seed(0)
     vae = diffusers.AutoencoderKL(block_out_channels=[8, 16], in_channels=3, out_channels=3, down_block_types=['DownEncoderBlock2D']*2, up_block_types=['UpDecoderBlock2D']*2, latent_channels=4, norm_num_groups=4)
-    made = pano(vae=vae, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer, unet=model, scheduler=diffusers.DDIMScheduler(clip_sample=False), safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    made = Panorama(vae=vae, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer, unet=model, scheduler=diffusers.DDIMScheduler(clip_sample=False), safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     made.set_progress_bar_config(disable=True)
     width = model.config.cross_attention_dim
     embeds = dict(prompt_embeds=torch.randn(1, 5, width), negative_prompt_embeds=torch.zeros(1, 5, width))
-    def draw(): return made(**embeds, num_inference_steps=N, height=128, width=256, generator=torch.Generator().manual_seed(0), output_type='latent')[0]
+    def draw(): return made(**embeds, num_inference_steps=N, height=16, width=32, generator=torch.Generator().manual_seed(0), output_type='latent')[0]
     plain = draw()
-    with apply_spectrum(made, PAPER) as run: draw(), draw()
-    assert run.stats and all(s.n_steps == N and len(s.passes) <= len(PASSES) + 1 for s in run.stats)
+    with apply_spectrum(made, PAPER) as run: draw()
+    assert len(run.stats) == 3 and all(s.passes == PASSES and not s.fallbacks for s in run.stats)      # a history for each view
     with apply_spectrum(made, SpectrumConfig(speedup=1)): assert np.array_equal(draw(), plain)
 
 def test_an_own_loop_in_which_the_scheduler_is_copied_at_each_step(flux):
@@ -388,7 +436,7 @@ def test_a_gradient_through_a_forecast_is_refused_when_it_is_asked_for(feature, 
 
 @pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
 def test_without_gradients_nothing_is_asked(mode, monkeypatch):
-    monkeypatch.setattr('spectrum_nb.hook.wants_gradient', None)
+    monkeypatch.setattr('spectrum_nb.hook.with_gradient', None)
     model, call = small('FluxTransformer2DModel')
     with mode(), apply_spectrum(model, PAPER, N):
         for i in range(N): assert not model(**call | dict(timestep=torch.tensor([1 - i/N])))[0].requires_grad
@@ -574,64 +622,289 @@ def test_a_calibration_looks_at_the_model_and_not_at_what_adapters_add(flux):
     with pytest.raises(ValueError, match='num_layers was'): made.check(pipe, 28, call)
 
 
+# What others reported of caches
+
+def framepack():
+    net, _ = small('HunyuanVideoFramepackTransformer3DModel')
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLHunyuanVideo(latent_channels=4, down_block_types=['HunyuanVideoDownBlock3D']*4, up_block_types=['HunyuanVideoUpBlock3D']*4,
+                                              block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4).eval()
+    class Stubbed(diffusers.HunyuanVideoFramepackPipeline):
+        def encode_prompt(self, *args, **kwargs): return fixed(1, 5, 8), fixed(1, 8), torch.ones(1, 5)
+        def encode_image(self, *args, **kwargs): return fixed(1, 3, 8)
+    made = Stubbed(text_encoder=None, tokenizer=None, transformer=net, vae=vae, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), text_encoder_2=None,
+                   tokenizer_2=None, image_encoder=None, feature_extractor=None)
+    made.set_progress_bar_config(disable=True)
+    return made, lambda: made(image=picture(), prompt='', height=32, width=32, num_frames=9, latent_window_size=2, num_inference_steps=N,
+                              generator=torch.Generator().manual_seed(0), output_type='latent', return_dict=False)[0][0]
+
+def test_framepack_whose_sections_are_runs_of_their_own():
+    pipe, draw = framepack()
+    plain = draw()
+    with apply_spectrum(pipe, SpectrumConfig(speedup=1)): assert torch.equal(draw(), plain)
+    with apply_spectrum(pipe, PAPER) as run: fast = draw()
+    assert [s.passes for s in run.stats] == [PASSES]*2 and not any(s.fallbacks for s in run.stats)
+    assert relative(fast, plain) < .02 and torch.equal(draw(), plain)
+
+def test_stable_cascade_whose_sampler_adds_noise_is_refused():
+    torch.manual_seed(0)
+    net = denoiser_classes()['StableCascadeUNet'](**EXAMPLES['StableCascadeUNet'][0] | dict(clip_image_in_channels=8, clip_text_in_channels=8)).eval()
+    embeds = lambda: (fixed(1, 5, 8), fixed(1, 1, 8), fixed(1, 5, 8, seed=1), fixed(1, 1, 8, seed=1))
+    pipe = stubbed(diffusers.StableCascadePriorPipeline, embeds, tokenizer=None, text_encoder=None, prior=net, scheduler=diffusers.DDPMWuerstchenScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    draw = lambda: pipe(prompt='', height=64, width=64, num_inference_steps=N, generator=torch.Generator().manual_seed(0), output_type='pt').image_embeddings
+    plain = draw()
+    with apply_spectrum(pipe, PAPER), pytest.raises(ValueError, match='DDPMWuerstchenScheduler adds noise'): draw()
+    with apply_spectrum(pipe, SpectrumConfig(speedup=1)): assert torch.equal(draw(), plain)
+
+def test_ledits_pp_whose_sampler_adds_noise_is_refused():
+    model, _ = small('UNet2DConditionModel')
+    model.register_to_config(sample_size=64)
+    pipe, _ = tiny('tiny-sdxl')
+    class Encoder(nn.Module):
+        dtype, device, config = torch.float32, torch.device('cpu'), pipe.text_encoder.config
+        def forward(self, ids, **kwargs): return (fixed(*ids.shape, model.config.cross_attention_dim),)
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(block_out_channels=[8, 16], down_block_types=['DownEncoderBlock2D']*2, up_block_types=['UpDecoderBlock2D']*2, norm_num_groups=4)
+    made = diffusers.LEditsPPPipelineStableDiffusion(vae=vae, text_encoder=Encoder(), tokenizer=pipe.tokenizer, unet=model, safety_checker=None, feature_extractor=None,
+        scheduler=diffusers.DPMSolverMultistepScheduler(algorithm_type='sde-dpmsolver++', solver_order=2), requires_safety_checker=False)
+    made.set_progress_bar_config(disable=True)
+    invert = lambda: made.invert(image=picture(), num_inversion_steps=10, skip=.2, source_prompt='a circle', source_guidance_scale=2., generator=torch.Generator().manual_seed(0))
+    def edit():
+        invert()
+        return made(editing_prompt=['a cross'], edit_guidance_scale=5., edit_threshold=.8, output_type='latent', use_intersect_mask=False).images
+    plain = edit()
+    with apply_spectrum(made, SpectrumConfig(speedup=1)): assert torch.equal(edit(), plain)
+    with apply_spectrum(made, PAPER), pytest.raises(ValueError, match='DPMSolverMultistepScheduler adds noise'): invert()
+
+class Packed(nn.Module):
+    "A layer whose weights are bytes, made numbers when it is called, as those of GGUF and of nunchaku are"
+    def __init__(self, layer):
+        super().__init__()
+        self.bias, self.scale = layer.bias, layer.weight.detach().abs().max()/127
+        self.weight = nn.Parameter((layer.weight.detach()/self.scale + 128).round().to(torch.uint8), requires_grad=False)
+    def forward(self, x): return nn.functional.linear(x, (self.weight.to(x.dtype) - 128)*self.scale, self.bias)
+
+def pack(module):
+    "Pack all layers within; how many"
+    found = [(owner, name) for owner in module.modules() for name, m in owner.named_children() if type(m) is nn.Linear]
+    for owner, name in found: setattr(owner, name, Packed(getattr(owner, name)))
+    return len(found)
+
+def test_weights_that_are_bytes():
+    pipe, call = tiny('tiny-flux')
+    assert pack(pipe.transformer) > 50
+    plain = latents(pipe, call)
+    with apply_spectrum(pipe, SpectrumConfig(speedup=1)): assert torch.equal(latents(pipe, call), plain)
+    with apply_spectrum(pipe, PAPER) as run: assert relative(latents(pipe, call), plain) < .15
+    assert [s.passes for s in run.stats] == [PASSES] and not run.stats[0].fallbacks and torch.equal(latents(pipe, call), plain)
+
+def test_one_module_in_place_of_all_blocks():
+    class AllBlocks(nn.Module):
+        "What nunchaku puts in place of the blocks of FLUX"
+        runs = 0
+        def __init__(self, *blocks): super().__init__(); self.inside = nn.ModuleList(blocks)
+        def forward(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None, **kwargs):
+            self.runs += 1
+            for b in self.inside:
+                encoder_hidden_states, hidden_states = b(hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states, temb=temb, image_rotary_emb=image_rotary_emb)
+            return encoder_hidden_states, hidden_states
+    pipe, call = tiny('tiny-flux')
+    net = pipe.transformer
+    with apply_spectrum(pipe, PAPER): own = latents(pipe, call)
+    fused = AllBlocks(*net.transformer_blocks, *net.single_transformer_blocks)
+    net.transformer_blocks, net.single_transformer_blocks = nn.ModuleList([fused]), nn.ModuleList()
+    with apply_spectrum(pipe, PAPER) as run: assert torch.allclose(latents(pipe, call), own, atol=1e-4)
+    assert [s.passes for s in run.stats] == [PASSES] and fused.runs == len(PASSES)
+
+def test_guidance_by_skipped_layers_which_is_asked_for_at_some_steps():
+    pipe, call = tiny('tiny-sd3')
+    call |= dict(guidance_scale=4., skip_guidance_layers=[0], skip_layer_guidance_start=.1, skip_layer_guidance_stop=.5)
+    plain, mild = latents(pipe, call), SpectrumConfig(speedup=1.3)
+    with apply_spectrum(pipe, SpectrumConfig(speedup=1)): assert torch.equal(latents(pipe, call), plain)
+    with apply_spectrum(pipe, mild) as run: fast, again = latents(pipe, call), latents(pipe, call)
+    assert relative(fast, plain) < .1 < relative(latents(pipe, call | dict(skip_guidance_layers=None)), plain)
+    assert torch.equal(fast, again) and [s.context for s in run.stats] == ['', ''] and not any(s.fallbacks for s in run.stats)
+
+def test_guidance_that_a_callback_turns_off():
+    pipe, call = tiny('tiny-sdxl')
+    def off(pipe, i, t, given):
+        if i != 12: return given
+        pipe._guidance_scale = 1.
+        return {k: v if k == 'latents' else v[-1:] for k, v in given.items()}
+    call |= dict(guidance_scale=5., callback_on_step_end=off, callback_on_step_end_tensor_inputs=['latents', 'prompt_embeds', 'add_text_embeds', 'add_time_ids'])
+    plain = latents(pipe, call)
+    with apply_spectrum(pipe, SpectrumConfig(speedup=1)): assert torch.equal(latents(pipe, call), plain)
+    with apply_spectrum(pipe, PAPER) as run: assert relative(latents(pipe, call), plain) < .15
+    assert list(run.stats[0].fallbacks) == [13] and 'shape' in run.stats[0].fallbacks[13]
+
+def test_merged_tokens_whose_blocks_have_another_class():
+    from diffusers.models.attention import BasicTransformerBlock
+    class Merged(BasicTransformerBlock):
+        "As tomesd does, which also looks at the size of what the denoiser is given"
+        runs = []
+        def forward(self, x, *args, **kwargs):
+            self.runs.append(seen[-1])
+            return super().forward(.9*x + .1*x.mean(1, keepdim=True), *args, **kwargs)
+    pipe, call = tiny('tiny-sdxl')
+    seen = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    blocks = [m for m in pipe.unet.modules() if type(m) is BasicTransformerBlock]
+    for m in blocks: m.__class__ = Merged
+    plain = latents(pipe, call)
+    Merged.runs.clear(); seen.clear()
+    with apply_spectrum(pipe, PAPER) as run: latents(pipe, call)
+    assert [s.passes for s in run.stats] == [PASSES] and len(seen) == N and len(Merged.runs) == len(PASSES)*len(blocks)
+    assert torch.equal(latents(pipe, call), plain)
+
+def test_a_cache_of_diffusers_that_is_enabled_before_or_meanwhile():
+    pipe, call = tiny('tiny-flux')
+    net, cache = pipe.transformer, diffusers.FirstBlockCacheConfig(threshold=.1)
+    latents(pipe, call)                                              # which leaves contexts behind
+    with apply_spectrum(pipe, PAPER) as run:
+        net.enable_cache(cache)
+        with pytest.raises(RuntimeError, match='disable_cache'): latents(pipe, call)
+        net.disable_cache()
+        fast = latents(pipe, call)
+    net.enable_cache(cache)
+    with pytest.raises(RuntimeError, match='disable it first'): apply_spectrum(pipe, PAPER)
+    net.disable_cache()
+    with apply_spectrum(pipe, PAPER) as again: assert torch.equal(latents(pipe, call), fast)
+    assert [s.passes for s in run.stats + again.stats] == [PASSES]*2
+
+def test_two_experts_of_a_distilled_model_count_their_own_steps():
+    pipe, call = tiny('tiny-wan')
+    torch.manual_seed(0)
+    two = diffusers.WanPipeline(pipe.tokenizer, pipe.text_encoder, pipe.vae, copy.deepcopy(pipe.scheduler), pipe.transformer, copy.deepcopy(pipe.transformer), boundary_ratio=.6)
+    two.set_progress_bar_config(disable=True)
+    for n in (4, 20):
+        plain = latents(two, call, n)
+        with apply_spectrum(two, SpectrumConfig(speedup=1)) as run: assert torch.equal(latents(two, call, n), plain)
+        lengths = {s.context.split('/')[0]: s.n_steps for s in run.stats}
+        assert len(lengths) == 2 and sum(lengths.values()) == n and min(lengths.values()) > 0
+    with apply_spectrum(two, SpectrumConfig(n_passes=10)) as run: latents(two, call, 20)
+    assert all(s.n_steps == lengths[s.context.split('/')[0]] for s in run.stats) and sum(s.n_passes for s in run.stats)/2 == pytest.approx(10, abs=1)
+
+def test_many_requests_at_once_on_one_pipeline_are_refused_and_harm_nothing(flux):
+    pipe, call = flux
+    with apply_spectrum(pipe, PAPER) as run: alone = latents(pipe, call)
+    run, refused = apply_spectrum(pipe.transformer, PAPER, N), []
+    def request(seed):
+        toy = torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(seed))
+        try: pipe.transformer(**small_flux_call(pipe.transformer) | dict(hidden_states=toy), timestep=torch.ones(1))
+        except RuntimeError as error: refused.append(str(error))
+    def intrude(*_):
+        for k in range(3):
+            (thread := threading.Thread(target=request, args=(k,))).start()
+            thread.join()
+    inside = pipe.transformer.x_embedder.register_forward_pre_hook(intrude)
+    try: request(0)
+    finally: inside.remove(); run.remove()
+    assert len(refused) == 3 and all('in the middle of a call in another thread' in r for r in refused)
+    with apply_spectrum(pipe, PAPER): assert torch.equal(latents(pipe, call), alone)
+
+
 # Programs of what users do
 
-acts = st.lists(st.one_of(
-    st.tuples(st.just('run'), st.sampled_from(['down', 'up']), st.integers(2, 26)), st.tuples(st.just('cancel'), st.sampled_from(['down', 'up']), st.integers(2, 26)),
-    st.tuples(st.just('thread'), st.integers(0, 2), st.just(0)),
-    *[st.tuples(st.just(what), st.just(''), st.just(0)) for what in ('wrap', 'unwrap', 'swap', 'grad', 'adapter', 'copy', 'remove')]), min_size=1, max_size=12)
-
 class Adapted(Toy):
-    "A toy with what peft leaves: `peft_config`, and a shift that an adapter adds to what its blocks make"
-    def forward(self, hidden_states, timestep): return super().forward(hidden_states + (5. if vars(self).get('peft_config') else 0.), timestep)
+    "A toy with a condition, and with what peft leaves: `peft_config`, and a shift that an adapter adds to what its blocks make"
+    def forward(self, hidden_states, timestep, condition=0.):
+        return super().forward(hidden_states + condition + (5. if vars(self).get('peft_config') else 0.), timestep)
 
-@pytest.mark.skipif(not NIGHTLY, reason='not yet seen to end: its short form did not finish in 110 s on a busy machine')
-@examples(12, 10_000)
-@given(program=acts, seed=st.integers(0, 999))
-def test_programs_of_what_users_do_draw_what_they_draw_without(program, seed):
-    toys = [Adapted(), Adapted()]
-    before, plain, rng = [state_of(t) for t in toys], [Adapted(), Adapted()], np.random.default_rng(seed)
-    at, depth, grad, pools, where = 0, 0, False, [ThreadPoolExecutor(1) for _ in range(2)], 0
-    def shell():
-        module = toys[at]
-        for _ in range(depth): module = Shell(module)
-        return module
-    def apply(): return apply_spectrum(shell(), PAPER, N)
+class Line(diffusers.DiffusionPipeline):
+    "A pipeline whose denoiser is given one sample throughout, so that its answers lie on a line: 2·(x + condition + 3t)"
+    def __init__(self, transformer):
+        super().__init__()
+        self.register_modules(scheduler=diffusers.FlowMatchEulerDiscreteScheduler())
+        object.__setattr__(self, 'transformer', transformer)
+
+    def __call__(self, n, begin, tiles, copies, ask):
+        self.scheduler.set_timesteps(n)
+        self.scheduler.set_begin_index(begin)
+        timesteps, self.num_timesteps = self.scheduler.timesteps[begin:], n - begin
+        views = [copy.deepcopy(vars(self.scheduler)) for _ in range(tiles)] if copies else []
+        with self.progress_bar(total=len(timesteps)):
+            for i, t in enumerate(timesteps):
+                for k in range(tiles):
+                    if copies: vars(self.scheduler).update(views[k])
+                    ask(i, k, t/1000)
+                    if copies or k == tiles - 1: self.scheduler.step(torch.zeros(1, 4), t, torch.zeros(1, 4))
+                    if copies: views[k] = copy.deepcopy(vars(self.scheduler))
+
+lengths = st.integers(1, 26)
+runs = st.fixed_dictionaries(dict(n=lengths, seed=st.integers(0, 2), prompt=st.integers(0, 2), cut=st.none() | st.integers(0, 25), tiles=st.sampled_from([1, 1, 1, 2, 3]),
+                                  copies=st.booleans(), begin=st.sampled_from([0, 0, 0, 3]), adapter=st.none() | st.integers(1, 25)))
+acts = st.lists(st.one_of(runs, runs, runs, st.tuples(st.just('thread'), st.integers(0, 2)),
+                          *[st.tuples(st.just(what), st.just(0)) for what in ('wrap', 'unwrap', 'swap', 'grad', 'adapter', 'scheduler', 'copy', 'remove')]), min_size=1, max_size=10)
+
+@examples(600, 12_000)
+@given(program=acts, bare=st.booleans(), rises=st.booleans())
+def test_programs_of_what_users_do_draw_what_they_draw_without(program, bare, rises):
+    toys, config = [Adapted(), Adapted()], SpectrumConfig.paper(blend=0, warmup=2)
+    pipe, threads, now = Line(toys[0]), [ThreadPoolExecutor(1) for _ in range(2)], SimpleNamespace(at=0, grad=False, thread=0, sure=True)
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn(6, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    left = lambda: [[([a for a in attributes if a[0] != 'peft_config'], *rest) for attributes, *rest in state_of(t)] for t in toys]
+    before = left()
+    def apply(): return apply_spectrum(pipe.transformer, config, N) if bare else apply_spectrum(pipe, config)
+    def toggle():
+        if 'peft_config' in vars(toy := toys[now.at]): del toy.peft_config
+        else: toy.peft_config = {'one': None}
+    def ask(run, i, k, t):
+        if i == run['cut']: raise Cancelled
+        if i == run['adapter'] and not k: toggle()
+        seed = run['seed'] + 3*bool(run['begin'])                    # a picture from a picture begins with other noise
+        toy, x = toys[now.at], (noise[seed] + k).requires_grad_(now.grad)
+        ran, recorded = toy.passes, torch.enable_grad() if now.grad else torch.no_grad()
+        prompt = seed if bare else run['prompt']                     # a bare denoiser knows a run by its noise
+        with recorded: got = pipe.transformer(x, t, prompt)
+        want = 2*(x.detach() + prompt + (5 if 'peft_config' in vars(toy) else 0) + 3*t)
+        assert torch.allclose(got.detach(), want, atol=2e-3), (i, k, t, (got - want).abs().max())
+        if not now.grad: return
+        if toy.passes > ran: assert torch.equal(torch.autograd.grad(got.sum(), x)[0], torch.full_like(x, 2.))
+        else:
+            with pytest.raises(RuntimeError, match='a gradient was asked of a forecast'): torch.autograd.grad(got.sum(), x)
+    def draw(run):
+        if bare:
+            times = torch.linspace(1, 1/run['n'], run['n'])
+            if rises: times = 1 - times                    # every run begins at the same end, or late
+            for i, t in enumerate(times[run['begin']:]):
+                for k in range(run['tiles']): ask(run, i, k, t)
+        else: pipe(run['n'], min(run['begin'], run['n'] - 1), run['tiles'], run['copies'], lambda i, k, t: ask(run, i, k, t))
     handle = apply()
     try:
-        for what, how, n in program:
-            if what == 'thread': where = how
-            elif what == 'wrap': depth = min(depth + 1, 3)
-            elif what == 'unwrap': depth = max(depth - 1, 0)
-            elif what == 'grad': grad = not grad
-            elif what == 'remove': handle.remove(); assert [state_of(t) for t in toys] == before; handle = apply()
-            elif what == 'swap': handle.remove(); at = 1 - at; handle = apply()
-            elif what == 'adapter':
-                for t in (toys[at], plain[at]):
-                    if 'peft_config' in vars(t): del t.peft_config
-                    else: t.peft_config = {'one': None}
-                before[at] = [([e for e in attributes if e[0] != 'peft_config'], *rest) for attributes, *rest in before[at]]
-                if 'peft_config' in vars(toys[at]):                     # removal leaves it, and nothing else
-                    handle.remove(); before[at] = state_of(toys[at]); handle = apply()
-                else: handle.remove(); before[at] = state_of(toys[at]); handle = apply()
+        for act in program:
+            if isinstance(act, dict):
+                done, length = len(handle.stats), max(act['n'] - act['begin'], 1)
+                try: draw(act) if not now.thread else threads[now.thread - 1].submit(draw, act).result()
+                except Cancelled: continue
+                stats = handle.stats[done:]
+                if not bare and act['adapter'] is None: assert [(s.n_steps, s.passes) for s in stats] == [(length, make_plan(config, length).passes)]*act['tiles'] and not any(s.fallbacks for s in stats)
+                continue
+            what, which = act
+            if what == 'thread': now.thread = which
+            elif what == 'wrap': pipe.transformer = Shell(pipe.transformer)
+            elif what == 'unwrap': pipe.transformer = vars(pipe.transformer)['_modules'].get('inner', pipe.transformer)
+            elif what == 'grad': now.grad = not now.grad
+            elif what == 'adapter': toggle()
+            elif what == 'scheduler': pipe.scheduler = copy.deepcopy(pipe.scheduler)
             elif what == 'copy':
-                with pytest.raises(RuntimeError, match='cannot be copied'): copy.deepcopy(toys[at])
-            else:
-                times = np.linspace(10, 0, n + 1)[:-1] if how == 'down' else np.linspace(0, 10, n)
-                if what == 'cancel': times = times[:int(rng.integers(2, n + 1))]
-                x, done = torch.full((2, 4), float(rng.integers(-8, 9))), len(handle.stats)
-                x.requires_grad_(grad)
-                call = lambda t: shell()(x, float(t))
-                for t in times:
-                    ctx = contextlib.nullcontext() if grad else torch.no_grad()
-                    with ctx: got, want = call(t) if not where else pools[where - 1].submit(call, t).result(), plain[at](x, float(t))
-                    assert torch.allclose(got.detach(), want.detach(), atol=1e-3), (what, how, n, t)
-                if what == 'run' and n >= N: assert len(handle.stats) == done + 1
+                hooked = toys[now.at] if bare else handle._hooked[0][0]         # a swap is followed at the next call
+                with pytest.raises(RuntimeError, match='cannot be copied'): copy.deepcopy(hooked)
+            elif what == 'remove':
+                handle.remove()
+                assert left() == before
+                handle = apply()
+            elif what == 'swap':
+                if bare: handle.remove()
+                now.at = 1 - now.at
+                pipe.transformer = toys[now.at]
+                if bare: handle = apply()
         handle.remove()
-        assert [state_of(t) for t in toys] == before and all(callable(t.forward) for t in toys)
+        assert left() == before and all(callable(t.forward) for t in toys) and 'progress_bar' not in vars(pipe)
     finally:
         handle.remove()
-        for p in pools: p.shutdown()
+        for pool in threads: pool.shutdown()
 
 
 # What held

@@ -31,14 +31,16 @@ ANATOMIES = {   # class: (body, head), where its names are not the conventional 
     'BriaFibo2Transformer2DModel':        (('noise_refiner', 'layers'), 'final_layer'),
     'Cosmos3OmniTransformer':             (('layers',), 'norm_moe_gen'),
     'ErnieImageTransformer2DModel':       (('layers',), 'final_norm'),
-    'Flux3Transformer2DModel':            (('txt_mode_blocks', 'mode_blocks.image', 'mode_blocks.image_cond', 'single_transformer_blocks'), 'norm_out'),
+    'Flux3Transformer2DModel':            (('txt_mode_blocks', 'mode_blocks.image', 'mode_blocks.image_cond',
+                                            'single_transformer_blocks'), 'norm_out'),
     'HiDreamImageTransformer2DModel':     (('double_stream_blocks', 'single_stream_blocks'), 'final_layer'),
     'Ideogram4Transformer2DModel':        (('layers',), 'final_layer'),
     'JoyImageEditPlusTransformer3DModel': (('double_blocks',), 'norm_out'),
     'JoyImageEditTransformer3DModel':     (('double_blocks',), 'norm_out'),
     'Kandinsky5Transformer3DModel':       (('text_transformer_blocks', 'visual_transformer_blocks'), 'out_layer'),
     'Kandinsky6SRTransformer3DModel':     (('visual_transformer_blocks',), 'out_layer'),
-    'Kandinsky6Transformer3DModel':       (('video_text_transformer_blocks', 'audio_text_transformer_blocks', 'visual_transformer_blocks'), ('out_layer', 'audio_out_layer')),
+    'Kandinsky6Transformer3DModel':       (('video_text_transformer_blocks', 'audio_text_transformer_blocks',
+                                            'visual_transformer_blocks'), ('out_layer', 'audio_out_layer')),
     'Krea2Transformer2DModel':            (('transformer_blocks',), 'final_layer'),
     'LTX2VideoTransformer3DModel':        (('transformer_blocks',), ('norm_out', 'audio_norm_out')),
     'LatteTransformer3DModel':            (('transformer_blocks', 'temporal_transformer_blocks'), 'norm_out'),
@@ -47,14 +49,18 @@ ANATOMIES = {   # class: (body, head), where its names are not the conventional 
     'MiniMaxMusic3Transformer1DModel':    (('transformer_blocks',), 'proj_out'),
     'OmniGenTransformer2DModel':          (('layers',), 'norm'),
     'PRXTransformer2DModel':              (('blocks',), 'final_layer'),
-    'RFD4ProteinaTransformer':            (('transformer_layers',), ('ca_linear', 'local_latents_linear', 'sequence_readout', 'insertion_q_proj', 'insertion_k_proj')),
+    'RFD4ProteinaTransformer':            (('transformer_layers',),
+                                           ('ca_linear', 'local_latents_linear', 'sequence_readout',
+                                            'insertion_q_proj', 'insertion_k_proj')),
     'SanaWMTransformer3DModel':           (('blocks',), 'final_layer'),
     'StableAudio3DiTModel':               (('transformer_blocks',), 'proj_out'),
     'StableAudioDiTModel':                (('transformer_blocks',), 'proj_out'),
     'StableCascadeUNet':                  (('down_blocks', 'up_blocks'), 'clf'),
     'T5FilmDecoder':                      (('decoders',), 'decoder_norm'),
     'UNet1DModel':                        (('down_blocks', 'mid_block', 'up_blocks'), 'out_block'),
-    'UVit2DModel':                        (('down_block.res_blocks', 'down_block.attention_blocks', 'transformer_layers', 'up_block.res_blocks', 'up_block.attention_blocks'), 'mlm_layer'),
+    'UVit2DModel':                        (('down_block.res_blocks', 'down_block.attention_blocks',
+                                            'transformer_layers', 'up_block.res_blocks', 'up_block.attention_blocks'),
+                                            'mlm_layer'),
     'WanAnimate2Transformer3DModel':      (('blocks',), 'head'),
     'WanVACETransformer3DModel':          (('vace_blocks', 'blocks'), 'norm_out'),
     'ZImageTransformer2DModel':           (('noise_refiner', 'context_refiner', 'layers'), 'all_final_layer.2-1'),
@@ -67,22 +73,28 @@ def find_anatomy(
 ):             # Anatomy
     "The anatomy of a denoiser that is in the table or follows diffusers' conventional names; a `ValueError` says what to pass otherwise"
     if kinds := {type(m).__name__ for m in denoiser.modules()}.intersection(BEYOND_HEAD):
-        raise ValueError(f"{type(denoiser).__name__} has a {kinds.pop()}, which hands a second tensor to what follows the head; use feature='output'")
-    if type(denoiser).__name__ in PAIRED: raise ValueError(f"the blocks of {type(denoiser).__name__} hand on two streams, its own and its control's, of which the head takes one; use feature='output'")
+        raise ValueError(f"{type(denoiser).__name__} has a {kinds.pop()}, which hands a second tensor to what follows "
+                         f"the head; use feature='output'")
+    if type(denoiser).__name__ in PAIRED:
+        raise ValueError(f"the blocks of {type(denoiser).__name__} hand on two streams, its own and its control's, of "
+                         f"which the head takes one; use feature='output'")
     for cls in type(denoiser).__mro__:
         if cls.__name__ in ANATOMIES: return check_anatomy(denoiser, Anatomy(*ANATOMIES[cls.__name__]))
     body = tuple(n for n in BODIES if isinstance(getattr(denoiser, n, None), nn.Module))
     head = next((n for n in HEADS if isinstance(getattr(denoiser, n, None), nn.Module)), None)
     if body and head: return Anatomy(body, head)
-    raise ValueError(f'{type(denoiser).__name__} has {"no blocks" if not body else "no head"} under a conventional name; pass '
-                     f"anatomy=Anatomy(body=(lists of blocks,), head=module after them) with names among {[n for n, _ in denoiser.named_children()]}, or feature='output', which needs none")
+    raise ValueError(f'{type(denoiser).__name__} has {"no blocks" if not body else "no head"} under a conventional '
+                     f'name; pass '
+                     f"anatomy=Anatomy(body=(lists of blocks,), head=module after them) with names among "
+                     f"{[n for n, _ in denoiser.named_children()]}, or feature='output', which needs none")
 
 def check_anatomy(denoiser, anatomy):
     "Raise a `ValueError` if `anatomy` names something that `denoiser` does not have"
     known = dict(denoiser.named_modules())
     missing = [n for n in (*anatomy.body, *anatomy.heads) if n not in known]
     if missing or not anatomy.body:
-        raise ValueError(f'{type(denoiser).__name__} has no module {missing or "in an empty body"}; its modules are {[n for n, _ in denoiser.named_children()]}; feature=\'output\' needs none of them')
+        raise ValueError(f'{type(denoiser).__name__} has no module {missing or "in an empty body"}; its modules are '
+                         f'{[n for n, _ in denoiser.named_children()]}; feature=\'output\' needs none of them')
     return anatomy
 
 # %% ../nbs/07_anatomy.ipynb #85fe5367
@@ -97,7 +109,8 @@ def blocks_of(
 # %% ../nbs/07_anatomy.ipynb #46e9d280
 class Skipped(nn.ModuleList):
     "The same blocks, seen by `len` and by index, since some models look at their first block; but a loop over them does not run, except over lists of blocks within, which are skipped likewise"
-    def __init__(self, blocks): super().__init__(); self._modules = getattr(blocks, '_modules', {})      # of a slice, nothing
+    def __init__(self, blocks):
+        super().__init__(); self._modules = getattr(blocks, '_modules', {})      # of a slice, nothing
     def __iter__(self): return iter([Skipped(b) for b in self._modules.values() if isinstance(b, nn.ModuleList)])
 
 class PassedThrough(nn.Module):
@@ -108,12 +121,18 @@ class PassedThrough(nn.Module):
 def without(
     module,  # nn.Module
     names,   # attributes, dotted where they lie deeper: loops over a ModuleList do not run, any other module returns what it is given
+    stand_ins=None, # dict that keeps what stands in their places, for the next time
 ):
     "`module` without its blocks; the very same objects are back afterwards, whatever happens"
-    places = [(module.get_submodule(owner), last) for owner, _, last in (n.rpartition('.') for n in names)]
-    kept = [owner._modules[last] for owner, last in places]
+    places = [(module.get_submodule(owner) if owner else module, last) for owner, _,
+              last in (n.rpartition('.') for n in names)]
+    kept, ready = [owner._modules[last] for owner, last in places], {} if stand_ins is None else stand_ins
     try:
-        for (owner, last), m in zip(places, kept): owner._modules[last] = Skipped(m) if isinstance(m, nn.ModuleList) else PassedThrough()
+        for (owner, last), m, name in zip(places, kept, names):
+            former, inside, stand_in = ready.get(name, (None, None, None))
+            if former is not m or inside is not m._modules:
+                stand_in = Skipped(m) if isinstance(m, nn.ModuleList) else PassedThrough()
+            ready[name], owner._modules[last] = (m, m._modules, stand_in), stand_in
         yield
     finally:
         for (owner, last), m in zip(places, kept): owner._modules[last] = m

@@ -404,22 +404,28 @@ def set_up(
 # %% ../nbs/28_calibrate.ipynb #f3a3ff30
 def sample_once(pipe, prompt, seed, n_steps, call):
     "One latent sample of one prompt and seed"
-    return pipe(prompt=prompt, num_inference_steps=n_steps, generator=torch.Generator().manual_seed(int(seed)), output_type='latent', **call)[0]
+    return pipe(prompt=prompt, num_inference_steps=n_steps, generator=torch.Generator().manual_seed(int(seed)),
+                output_type='latent', **call)[0]
 
 def record_one(pipe, prompt, seed, n_steps, call, sketch, n_probes):
     "What one full run tells, and disturbed ones: tensors by name"
     features = {}
-    with listening(pipe) as heard, apply_spectrum(pipe, Plan(range(n_steps), np.eye(n_steps)), watch=lambda context, step, feature: features.setdefault(context, []).append(sketch(feature))):
+    def watch(context, step, feature): features.setdefault(context, []).append(sketch(feature))
+    with listening(pipe) as heard, apply_spectrum(pipe, Plan(range(n_steps), np.eye(n_steps)), watch=watch):
         last = sample_once(pipe, prompt, seed, n_steps, call)
         sigmas = levels_of(pipe.scheduler)
     response, v = response_of(pipe.scheduler, heard), torch.stack(heard.outputs)
-    part = dict(last=last.detach().cpu(), response=torch.tensor(response), sigmas=torch.tensor(sigmas or [], dtype=torch.float64), output=v @ v.T/heard.samples[-1].norm()**2)
+    part = dict(last=last.detach().cpu(), response=torch.tensor(response),
+                sigmas=torch.tensor(sigmas or [], dtype=torch.float64), output=v @ v.T/heard.samples[-1].norm()**2)
     for context, f in features.items():
-        if len(f) != n_steps: raise ValueError(f'context {context!r} has {len(f)} of {n_steps} steps (guidance that begins late or ends early?); such runs cannot be calibrated')
+        if len(f) != n_steps:
+            raise ValueError(f'context {context!r} has {len(f)} of {n_steps} steps (guidance that begins late or ends '
+                             f'early?); such runs cannot be calibrated')
         g = torch.stack(f); g = g @ g.T
         part[f'hidden/{context}'] = g*n_steps/g.trace()
     if n_probes:
-        at, gains = measure_gains(lambda: sample_once(pipe, prompt, seed, n_steps, call), pipe, heard, response, n_probes)
+        at, gains = measure_gains(lambda: sample_once(pipe, prompt, seed, n_steps, call), pipe, heard, response,
+                                  n_probes)
         part |= dict(probed=torch.tensor(at), gains=torch.tensor(gains, dtype=torch.float64))
     return part
 
@@ -437,7 +443,8 @@ def kept(path, make):
 def digest(x):
     "Anything as something that JSON holds, the same for the same"
     if isinstance(x, Image.Image): return [list(x.size), hashlib.sha256(x.convert('RGBA').tobytes()).hexdigest()]
-    if isinstance(x, torch.Tensor | np.ndarray): return [list(x.shape), hashlib.sha256(torch.as_tensor(x).detach().float().cpu().numpy().tobytes()).hexdigest()]
+    if isinstance(x, torch.Tensor | np.ndarray):
+        return [list(x.shape), hashlib.sha256(torch.as_tensor(x).detach().float().cpu().numpy().tobytes()).hexdigest()]
     if isinstance(x, dict): return {str(k): digest(v) for k, v in x.items()}
     if isinstance(x, list | tuple): return [digest(v) for v in x]
     return x if isinstance(x, str | int | float | bool | None) else repr(x)
@@ -448,12 +455,14 @@ def check_kept(folder, about):
     path, about, files = Path(folder)/'about.json', json.loads(json.dumps(digest(about))), kept_in(folder)
     there = read_json(path) if path.is_file() else {}
     if len(files) > path.is_file() and (other := [k for k, v in about.items() if there.get(k) != v]):
-        raise ValueError(f'{folder} keeps an interrupted calibration of something else ({", ".join(other)}); remove that folder, or say another place')
+        raise ValueError(f'{folder} keeps an interrupted calibration of something else ({", ".join(other)}); remove '
+                         f'that folder, or say another place')
     save_json(about, path)
 
 def kept_in(folder):
     "The files that `record` and `try_plans` keep"
-    return [p for pattern in ('about.json', 'prompt_*.safetensors', 'trial_*.safetensors') for p in Path(folder).glob(pattern)]
+    return [p for pattern in ('about.json', 'prompt_*.safetensors', 'trial_*.safetensors')
+            for p in Path(folder).glob(pattern)]
 
 def forget_kept(
     folder,  # that was given to `record` and `try_plans` as `keep`
@@ -480,17 +489,31 @@ def record(
     seeds = list(range(len(prompts))) if seeds is None else [int(s) for s in seeds]
     check_number('n_steps', n_steps, 2, Integral)
     for k in probes: check_number('probes', k, 1, Integral)
-    if not prompts or len(seeds) != len(prompts): raise ValueError(f'{len(prompts)} prompts and {len(seeds)} seeds: give at least one prompt, and a seed for each')
-    if len(find_denoisers(pipe)) != 1: raise ValueError(f'{type(pipe).__name__} has {len(find_denoisers(pipe))} denoisers, each with steps of its own; only a pipeline with one can be calibrated')
-    (denoiser,), about = find_denoisers(pipe).values(), set_up(pipe, n_steps, call) | dict(prompts=len(prompts), seeds=seeds)
-    if keep: check_kept(keep, about | dict(texts=prompts, probes=probes, sketch=sketch, arguments=call, dtype=str(pipe.dtype), weights=torch.cat([p.detach().flatten()[::max(p.numel()//64, 1)].float().cpu() for p in denoiser.parameters() if p.device.type != 'meta'])))
+    if not prompts or len(seeds) != len(prompts):
+        raise ValueError(f'{len(prompts)} prompts and {len(seeds)} seeds: give at least one prompt, and a seed for '
+                         f'each')
+    if len(find_denoisers(pipe)) != 1:
+        raise ValueError(f'{type(pipe).__name__} has {len(find_denoisers(pipe))} denoisers, each with steps of its '
+                         f'own; only a pipeline with one can be calibrated')
+    denoiser, = find_denoisers(pipe).values()
+    about = set_up(pipe, n_steps, call) | dict(prompts=len(prompts), seeds=seeds)
+    if keep:
+        check_kept(keep,
+                   about | dict(texts=prompts, probes=probes, sketch=sketch, arguments=call, dtype=str(pipe.dtype),
+                                weights=torch.cat([p.detach().flatten()[::max(p.numel()//64, 1)].float().cpu()
+                                                   for p in denoiser.parameters() if p.device.type != 'meta'])))
     sketch = Sketch(sketch)
-    parts = [kept(keep and Path(keep)/f'prompt_{k}.safetensors', partial(record_one, pipe, prompt, seed, n_steps, call, sketch, probes[0]*(k < probes[1]))) for k, (prompt, seed) in enumerate(zip(tqdm(prompts, desc='full runs'), seeds))]
+    parts = [kept(keep and Path(keep)/f'prompt_{k}.safetensors',
+                  partial(record_one, pipe, prompt, seed, n_steps, call, sketch, probes[0]*(k < probes[1])))
+             for k, (prompt, seed) in enumerate(zip(tqdm(prompts, desc='full runs'), seeds))]
     column = lambda name: np.array([p[name].numpy() for p in parts if name in p])
     hidden = {name[7:]: column(name) for name in parts[0] if name.startswith('hidden/')}
     runs = [(prompt, int(seed), p['last']) for prompt, seed, p in zip(prompts, seeds, parts)]
     sigmas = parts[0]['sigmas'].tolist() or None
-    return Calibration(hidden, column('output'), column('response')[0], gains_between(column('probed')[0], gmean(column('gains')), n_steps), about | dict(sigmas=sigmas) | provenance(pipe.device), shrinkage=choose_shrinkage(hidden), runs=runs)
+    return Calibration(hidden, column('output'), column('response')[0],
+                       gains_between(column('probed')[0], gmean(column('gains')), n_steps),
+                       about | dict(sigmas=sigmas) | provenance(pipe.device), shrinkage=choose_shrinkage(hidden),
+                       runs=runs)
 
 # %% ../nbs/28_calibrate.ipynb #c6dffb57
 def relative_distance(a, b):

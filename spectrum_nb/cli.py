@@ -193,30 +193,41 @@ def sample(
     check_settings(guidance, height, width, frames, fps, seed)
     check_name('out', out)
     path = Path(out)
-    if path.suffix not in ('', '.png', '.mp4'): raise ValueError(f'a sample cannot be saved as {path.suffix!r}; pictures become .png, clips .mp4')
+    if path.suffix not in ('', '.png', '.mp4'):
+        raise ValueError(f'a sample cannot be saved as {path.suffix!r}; pictures become .png, clips .mp4')
     config = config_of(steps, model, **kwargs)
     pipe = load_pipeline(model, device)
     call = call_of(pipe, model, guidance, published, height, width, frames, image)
     if plan: config = plan_of(plan, kwargs.get('passes'), kwargs.get('speedup'), pipe, model, steps, call, published)
     drawn, ran = make_sample(pipe, prompt, seed, steps, config, call)
     file = save_sample(drawn, path.with_suffix(''), fps or frames_a_second(model))
-    save_json(dict(prompt=prompt, model=model, seed=seed, steps=steps, config=said_of(config, plan), call=digest(call)) | ran | provenance(pipe.device), file.with_suffix('.json'))
-    for r in ran['runs']: print(f'{len(r["passes"])} passes of {r["n_steps"]} steps' + (f', context {r["context"]}' if r['context'] else '') + (f', mean error of a forecast {np.mean(list(r["errors"].values())):.3f}' if r['errors'] else ''))
+    save_json(dict(prompt=prompt, model=model, seed=seed, steps=steps, config=said_of(config, plan),
+                   call=digest(call)) | ran | provenance(pipe.device), file.with_suffix('.json'))
+    for r in ran['runs']:
+        context = f', context {r["context"]}' if r['context'] else ''
+        error = f', mean error of a forecast {np.mean(list(r["errors"].values())):.3f}' if r['errors'] else ''
+        print(f'{len(r["passes"])} passes of {r["n_steps"]} steps{context}{error}')
     print(f'{ran["seconds"]:.1f} s, {file.resolve()}')
 
 def call_of(pipe, model, guidance, published, height, width, frames, image=''):
     "The model's defaults, with what is given in their place; a `ValueError` for a side that leaves it nothing to draw"
-    least = 2*(getattr(pipe, 'vae_scale_factor_spatial', None) or getattr(pipe, 'vae_scale_factor', 1))         # denoisers take latents in pairs
+    # denoisers take latents in pairs
+    least = 2*(getattr(pipe, 'vae_scale_factor_spatial', None) or getattr(pipe, 'vae_scale_factor', 1))
     for name, side in (('height', height), ('width', width)):
-        if side is not None and side < least: raise ValueError(f'{name} must be >= {least} for this model, two latents of its VAE, not {side}')
-    return call_defaults(pipe, model, published) | {k: v for k, v in dict(guidance_scale=guidance, height=height, width=width, num_frames=frames, image=picture_of(pipe, image)).items() if v is not None}
+        if side is not None and side < least:
+            raise ValueError(f'{name} must be >= {least} for this model, two latents of its VAE, not {side}')
+    given = dict(guidance_scale=guidance, height=height, width=width, num_frames=frames, image=picture_of(pipe, image))
+    return call_defaults(pipe, model, published) | {k: v for k, v in given.items() if v is not None}
 
 def picture_of(pipe, file):
     "The picture in a file, None where no file is named; a `ValueError` for a pipeline that takes none"
     if not file: return None
-    if 'image' not in inspect.signature(pipe.__call__).parameters: raise ValueError(f'{type(pipe).__name__} takes no image; leave --image out, or choose a model that begins from a picture')
+    if 'image' not in inspect.signature(pipe.__call__).parameters:
+        raise ValueError(f'{type(pipe).__name__} takes no image; leave --image out, or choose a model that begins '
+                         f'from a picture')
     try: return Image.open(file).convert('RGB')
-    except (OSError, ValueError) as e: raise ValueError(f'{file} is no picture that can be read: {first_line(e)}') from None
+    except (OSError, ValueError) as e:
+        raise ValueError(f'{file} is no picture that can be read: {first_line(e)}') from None
 
 def frames_a_second(model):
     "Of a preset; 16 for another model"

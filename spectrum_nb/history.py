@@ -29,15 +29,16 @@ def weighted_sum(
 ):             # [*shape] tensor of the same dtype and device
     "Σ_k weights[k] · features[k], accumulated in float32 (float64 for float64 features), rounded once"
     weights = torch.as_tensor(weights, dtype=torch.float64, device=features.device)
-    K, n = len(features), features[0].numel()
+    K, n = len(features), features.shape[1:].numel()
     block = math.gcd(n, BLOCK)
     if block < 64 or not n:                          # an odd number of elements makes no table: copy, convert, multiply
         wide = torch.promote_types(features.dtype, torch.float32)
         return torch.mv(features.reshape(K, n).to(wide).T, weights.to(wide)).to(features.dtype).view(features.shape[1:])
     parts, n_blocks = in_two(weights, features.dtype), n//block
-    rows = torch.arange(K, device=features.device).repeat(len(parts)//K)*n_blocks
-    bags = rows + torch.arange(n_blocks, device=features.device)[:, None]
-    total = F.embedding_bag(bags, features.view(K*n_blocks, block), mode='sum', per_sample_weights=parts.expand(n_blocks, -1).contiguous())
+    bags = torch.arange(K*n_blocks, device=features.device).view(K, n_blocks).T
+    if len(parts) > K: bags = torch.cat([bags, bags], dim=1)                 # of weights in two parts
+    table = features.view(K*n_blocks, block)
+    total = F.embedding_bag(bags, table, mode='sum', per_sample_weights=parts.expand(n_blocks, -1).contiguous())
     return total.view(features.shape[1:])
 
 # %% ../nbs/06_history.ipynb #f13408bf
@@ -79,9 +80,9 @@ class History:
     ):            # the weighted sum, or None if a pass that it needs is not here
         "The feature that a row of the plan makes from the stored ones"
         steps = weights.nonzero()[0].tolist()
-        if not steps or any(s not in self.slots for s in steps): return None
+        if not steps or not self.slots.keys() >= set(steps): return None
         row = np.zeros(self.filled)
-        row[[self.slots[s] for s in steps]] = weights[steps]
+        for s in steps: row[self.slots[s]] = weights[s]
         return weighted_sum(self.buffer[:self.filled], row).to(self.home)      # one feature travels, however many are kept
 
     def damped(self,
