@@ -579,6 +579,7 @@ def check_compiled(backend, sample, run, fast):
     assert by_plan(run.stats)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('order', ['compile first', 'spectrum first'])
 @pytest.mark.parametrize('name', ALL)
 def test_compiled_blocks(name, order):
@@ -597,6 +598,7 @@ def test_compiled_blocks(name, order):
         assert relative(sample(), plain) < 1e-4 and backend.compiled == n
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('order', ['compile first', 'spectrum first'])
 @pytest.mark.parametrize('how', ['torch.compile', 'module.compile'])
 @pytest.mark.parametrize('name', TWO)
@@ -617,6 +619,7 @@ def test_a_compiled_denoiser(name, how, order):
         assert relative(sample(), plain) < 1e-4 and backend.compiled == n
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', TWO)
 def test_a_compiled_denoiser_saves_the_blocks(name):
     "Graphs run at a forecast must be those of the embedding and the head: fewer operations than a pass"
@@ -726,6 +729,7 @@ def two_processes(folder, kinds, seconds=240):
 def together(tmp_path_factory): return two_processes(str(tmp_path_factory.mktemp('two')), [*KINDS, *REFUSED])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', KINDS)
 def test_two_processes(kind, together):
     for rank, out in enumerate(together[kind]):
@@ -736,6 +740,7 @@ def test_two_processes(kind, together):
         assert relative(every, alone[0]) < 1e-4 and relative(fast, alone[2]) < 1e-4 and relative(fast, every) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', REFUSED)
 def test_what_diffusers_refuses_on_two_cpu_processes(kind, together):
     for out in together[kind]: assert isinstance(out, str) and REFUSED[kind] in out, out
@@ -779,6 +784,7 @@ def disagreeing(rank):
     return passes
 
 
+@pytest.mark.slow
 def test_processes_that_share_weights_agree_on_passes(tmp_path):
     outs = two_processes(str(tmp_path), ['tolerance'], 90)['tolerance']
     assert not any(isinstance(o, str) for o in outs), outs[0]

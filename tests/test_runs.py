@@ -27,6 +27,7 @@ def pictures(folder): return {p.name: p.read_bytes() for p in Path(folder).glob(
 def notes(folder): return {p.name: {k: v for k, v in json.loads(p.read_text()).items() if k != 'seconds'} for p in Path(folder).glob('*-s?.json')}
 
 
+@pytest.mark.slow
 def test_two_processes_make_what_one_makes(prompts):
     one = call(words('--name', 'one', '--baseline'), prompts)
     assert one.returncode == 0, one.stderr
@@ -43,6 +44,7 @@ def test_two_processes_make_what_one_makes(prompts):
     assert compared.returncode == 0 and json.loads((prompts/'comparison/comparison.json').read_text())['relative_l2'] == 0, compared.stderr
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_left_is_made_by_a_rerun(prompts):
     running = subprocess.Popen(launched(2, '--name', 'killed', '--steps', '60'), cwd=prompts, env=ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     folder = prompts/'spectrum_runs/killed'
@@ -58,6 +60,7 @@ def test_what_a_killed_process_left_is_made_by_a_rerun(prompts):
     assert not list(folder.glob('.part-*'))
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_folder_that_can_be_resumed(prompts):
     listens = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)          # a shell's background jobs, and so their children, ignore Ctrl-C
     running = subprocess.Popen(words('--steps', '60'), cwd=prompts, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listens)

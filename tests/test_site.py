@@ -14,6 +14,7 @@ import pytest
 from execnb.nbio import read_nb
 from playwright.sync_api import sync_playwright
 
+pytestmark = pytest.mark.slow
 root = Path(__file__).parents[1]
 CHROMIUM = next((found for name in ('chromium', 'chromium-browser', 'google-chrome', 'chrome') if (found := shutil.which(name))), None)
 PAGES = {re.sub(r'^\d+\w?_', '', p.stem) + '.html': p.name for p in sorted((root/'nbs').glob('*.ipynb'))}

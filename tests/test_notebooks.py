@@ -1,0 +1,18 @@
+"""Every notebook is a test: its cells run in order, those flagged notest, slow or cuda excepted
+
+Theory, method and engine (the notebooks whose number begins with 0, and the first page) are among the quick tests."""
+from pathlib import Path
+
+import pytest
+from nbdev.config import get_config
+from nbdev.test import test_nb as run_nb
+
+config = get_config(path=Path(__file__).parent)
+NOTEBOOKS = [pytest.param(path, id=path.stem, marks=() if path.stem[0] in '0i' else pytest.mark.slow)
+             for path in sorted(config.nbs_path.glob('*.ipynb'))]
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS)
+def test_notebook(path):
+    passed, _ = run_nb(path, skip_flags=config.tst_flags.split())
+    assert passed, f'{path.name}: see the traceback above'
