@@ -23,7 +23,7 @@ from .hook import apply_spectrum, find_denoisers, passes_of
 from .metrics import fidelity, quality
 from .plan import SpectrumConfig, make_plan, plan_from
 from .presets import call_defaults, held_captions, load_pipeline
-from .rivals import second_order
+from .samplers import second_order
 from .schedule import Even, Growing, NoiseSpaced, noise_shares
 
 # %% ../nbs/33_ablations.ipynb #58bef082

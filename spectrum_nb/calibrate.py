@@ -33,7 +33,7 @@ from .places import search_passes
 from .plan import Plan, plan_from
 from .presets import find_preset, read_json
 from .recording import Sketch, gains_between, listening, measure_gains, response_of
-from .rivals import second_order
+from .samplers import second_order
 from .schedule import NoiseQuantiles, NoiseSpaced, passes_for, spaced_passes
 
 # %% ../nbs/28_calibrate.ipynb #ebbf64fd
@@ -537,7 +537,9 @@ def try_plans(
     calibration.check(pipe, calibration.n_steps, call)
     runs, untried, trials, steps = calibration.runs[:n_prompts], replace(calibration, trials=(), steps=()), [], []
     heat, samplers = Heat(pipe, runs, call, keep), {'plain steps': pipe.scheduler}
-    if (second := second_order(pipe.scheduler)) is not pipe.scheduler: samplers['second-order steps'] = second
+    try: samplers['second-order steps'] = second_order(pipe.scheduler)
+    except ValueError: pass                                       # a sampler without a rival of second order
+    if samplers.get('second-order steps') is pipe.scheduler: del samplers['second-order steps']
     for k in tqdm(budgets, desc='trials'):
         plans = {}
         for forecaster, places in product(forecasters, PLACES):

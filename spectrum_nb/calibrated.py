@@ -22,7 +22,8 @@ from .hook import apply_spectrum, find_denoisers
 from .metrics import quality
 from .plan import SpectrumConfig, config_for_passes, make_plan, plan_from, taylor_plan
 from .presets import call_defaults, held_captions, load_pipeline, seen_captions
-from .rivals import Method, run_methods, second_order, summary
+from .rivals import Method, run_methods, summary
+from .samplers import second_order
 from .schedule import Even, NoiseSpaced, alpha_for_passes, spaced_passes
 
 # %% ../nbs/29_calibrated.ipynb #4e5436bb

@@ -23,7 +23,8 @@ from .hook import apply_spectrum
 from .metrics import fidelity
 from .plan import SpectrumConfig, config_for_passes, make_plan, plan_from
 from .presets import TINY, call_defaults, find_preset, held_captions, load_pipeline
-from .rivals import Method, second_order
+from .rivals import Method
+from .samplers import second_order
 from .schedule import Even, Growing, NoiseQuantiles, NoiseSpaced, PowerSpaced
 from .shapes import caption_agreement, half_caption
 

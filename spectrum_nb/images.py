@@ -22,7 +22,8 @@ from .cli import main
 from .figures import METHODS, in_style, new_figure
 from .metrics import fidelity, finite_mean, still
 from .presets import call_defaults, held_captions, load_pipeline
-from .rivals import Method, run_methods, second_order
+from .rivals import Method, run_methods
+from .samplers import second_order
 from .runs import finished
 
 # %% ../nbs/35_images.ipynb #e45774fd

@@ -30,7 +30,7 @@ from .hook import apply_spectrum, find_denoisers
 from .metrics import quality
 from .plan import SpectrumConfig
 from .presets import call_defaults, first_line, held_captions, load_pipeline, seen_captions
-from .rivals import second_order
+from .samplers import second_order
 from .schedule import NoiseSpaced
 
 # %% ../nbs/32_peers.ipynb #d8f7dbca

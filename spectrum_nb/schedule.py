@@ -249,7 +249,7 @@ class NoiseQuantiles(Budget):
     power:float=.4   # q: 0 for equal gaps, 1 for equal changes of the noise level
     room:float=.35   # of a gap, after the last pass; 0 puts it on the last step
     below:float=.12  # share of noise, which is at most so large at the last pass; 1 does not ask
-    least:int=8      # passes at least, where a speed-up gives their number
+    least:int=8      # passes at least, where a speed-up gives their number; fewer do not ask for `below`
     warmup:int=1     # passes at the start
     last:int=0       # passes at the end
     name = 'quantiles'
@@ -272,7 +272,7 @@ class NoiseQuantiles(Budget):
         reached = np.concatenate([[0], np.cumsum(density_of(sigmas, n_steps, self.power))])[first:stop]
         reached -= reached[0]
         finish = reached[-1]*(inner - 1)/max(inner - 1 + self.room, 1e-9)
-        if sigmas is not None:
+        if sigmas is not None and n_passes >= self.least:
             low = noise_shares(sigmas)[first:stop] <= self.below
             finish = max(finish, reached[low.argmax() if low.any() else -1])
         passes = [first + int(np.abs(reached - w).argmin()) for w in finish*np.arange(inner)/max(inner - 1, 1)]
