@@ -30,7 +30,7 @@ from .metrics import fidelity, finite_mean, lpips_metric, still
 from .plan import SpectrumConfig
 from .presets import config_for_model, first_line, read_json
 from .rivals import Method, comparison_figure, second_order
-from .runs import Job, claim, load_sample, save_sample
+from .runs import Job, claim, for_batch, load_sample, save_sample
 from .schedule import Even, passes_for
 
 # %% ../nbs/38b_tune.ipynb #7913a41d
@@ -208,8 +208,7 @@ def draw_timed(
 ):             # (seconds of the loop, passes, samples)
     "Draw by a method; the pipeline comes back with its own scheduler"
     own, pipe.scheduler = pipe.scheduler, method.scheduler
-    listed = {k: [v]*len(prompts) for k, v in call.items() if k.startswith('negative_prompt') and isinstance(v, str)}
-    try: seconds, passes, samples = step_seconds(pipe, prompts, seeds, call | listed, method.steps, method.config, **applied)
+    try: seconds, passes, samples = step_seconds(pipe, prompts, seeds, for_batch(call, len(prompts)), method.steps, method.config, **applied)
     finally: pipe.scheduler = own
     return float(seconds.sum()), passes, samples
 
@@ -337,6 +336,7 @@ MARKDOWN = '''# Report card: {{ model }}
 {{ v.words }}
 ```
 {% endif %}{% endfor %}
+
 | asked | way | passes | seconds | speed-up | efficiency | PSNR dB | worst tenth | SSIM |{{ ' LPIPS |' if lpips }}
 |---|---|---:|---:|---:|---:|---:|---:|---:|{{ '---:|' if lpips }}
 {% for r in rows %}
@@ -346,8 +346,10 @@ MARKDOWN = '''# Report card: {{ model }}
 PSNR, SSIM{% if lpips %}, LPIPS{% endif %}: against the full run of the same prompts and seeds, {{ rows[0].samples }} samples that the calibration has not seen. Seconds of the denoising loop; speed-ups are ratios measured in one run.
 
 ![Every way, same prompts and seeds](strip.png)
+
 {% if left_out %}
 Left out: {{ left_out|join('; ') }}.
+
 {% endif %}
 {% for k, v in provenance.items() %}{{ k }} {{ v }}{{ '' if loop.last else ', ' }}{% endfor %}.
 '''
@@ -473,7 +475,7 @@ class Tuning:
             later = len(self.jobs)*full*(1 + sum(6/s for s in self.speedups))
             half = time.perf_counter() + (self.deadline - time.perf_counter())/2
             calibration, why = calibrated_within(self.pipe, [[t]*self.num if self.num > 1 else t for t in texts], self.n_steps, self.budgets,
-                                                 self.call, self.folder, half, full, self.progress, later)
+                                                 for_batch(self.call, self.num) if self.num > 1 else self.call, self.folder, half, full, self.progress, later)
             if why: self.left_out.append(why)
             self.ways += candidates(self.pipe, self.model, self.n_steps, self.speedups, calibration)
             with watched(self.pipe, self.deadline, self.progress.tick):
