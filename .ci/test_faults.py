@@ -102,7 +102,8 @@ def share_of(ratios, line):
     if not ratios: return np.array([float(line.first)]), np.zeros(1)
     latest = [ratios[p] for p in sorted(ratios)[-line.memory:]]
     smallest, off = np.min([rho for rho, _ in latest], 0), np.max([o for _, o in latest], 0)
-    return np.clip(np.nan_to_num(line.trust*np.nan_to_num(smallest)), 0, 1), np.nan_to_num(line.trust*off)
+    share = line.base*np.isfinite(smallest) + line.trust*np.nan_to_num(smallest, posinf=0., neginf=0.)
+    return np.clip(share, 0, 1), np.nan_to_num(line.trust*off)
 
 class Oracle:
     "What must come out, call by call: (output, how far off it may be, whether the blocks ran), or `Bang`"

@@ -76,11 +76,12 @@ def rows_like(
 class Steadiness:
     "Watches the samples of one run, and says how far along a line each image may be forecast"
     def __init__(self,
-        trust:float=2.,  # d = trust · ρ, clipped to [0, 1]
+        trust:float=2.,  # d = base + trust · ρ, clipped to [0, 1]
+        base:float=.5,   # d where ρ is 0
         first:float=.5,  # d over the second gap, before any ratio is known
         memory:int=2,    # the smallest of so many latest ratios counts
     ):
-        self.trust, self.first, self.memory = trust, first, memory
+        self.trust, self.base, self.first, self.memory = trust, base, first, memory
         self.left, self.known, self.latest, self.ratios = None, [], [], {}
         self.damping = float(first)     # d: one number, or [rows] float64 on the CPU where images differ
 
@@ -116,5 +117,6 @@ class Steadiness:
 
     def shares(self):
         "d of each row, one number where all are alike"
-        rows = (self.trust*torch.stack(self.latest).amin(0).nan_to_num(0.)).clamp(0, 1)
+        ratio = torch.stack(self.latest).amin(0)
+        rows = (self.base*ratio.isfinite() + self.trust*ratio.nan_to_num(0., 0., 0.)).clamp(0, 1)    # not finite: reuse
         return rows[0].item() if bool((rows == rows[0]).all()) else rows

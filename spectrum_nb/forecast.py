@@ -138,12 +138,14 @@ class DampedLine:
 @dataclass(frozen=True)
 class SteadyLine:
     "The straight line through the last two passes, followed as far as the run at hand lets it"
-    trust:float=2.   # d = trust · ρ, clipped to [0, 1]; ρ is the change that came, in units of what the line had promised
+    trust:float=2.   # d = base + trust · ρ, clipped to [0, 1]; ρ is the change that came, in units of what the line promised
+    base:float=.5    # d where nothing of the promised change came
     first:float=.5   # d before any ratio is known
     memory:int=2     # the smallest of so many latest ratios counts
 
     def __post_init__(self):
         check_number('trust', self.trust, 0)
+        check_number('base', self.base, 0, Real, 1)
         check_number('first', self.first, 0, Real, 1)
         check_number('memory', self.memory, 1, Integral)
 

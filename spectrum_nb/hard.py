@@ -8,6 +8,7 @@ __all__ = ['KINDS', 'LISTS', 'SPEEDUPS', 'PUBLISHED', 'LENGTHS', 'FORMS', 'SET_U
            'forms_jobs', 'early_cell', 'early_jobs', 'few_cell', 'few_jobs']
 
 # %% ../nbs/33b_hard.ipynb #14b43a35
+import warnings
 from functools import partial
 from itertools import product
 
@@ -51,13 +52,15 @@ def growing_for(n_passes, n_steps):
 
 # %% ../nbs/33b_hard.ipynb #8cd30517
 def hard_methods(
-    pipe,          # pipeline of a tiny model
-    model:str,     # its preset
-    n_steps:int,   # steps of the full run
-    speedups,      # steps ÷ passes
-):                 # {speed-up: list of Method}; the full run is not among them
+    pipe,            # pipeline of a tiny model
+    model:str,       # its preset
+    n_steps:int,     # steps of the full run
+    speedups,        # steps ÷ passes
+    guidance=2.5,    # guidance scale, which says what calibration is the nearest
+):                   # {speed-up: list of Method}; the full run is not among them
     "What is compared in a cell"
     own, second, methods = pipe.scheduler, second_order(pipe.scheduler), {}
+    published = guidance != find_preset(model).call['guidance_scale']
     for speedup in speedups:
         default = SpectrumConfig(speedup=speedup)
         k = len(make_plan(default, n_steps).passes)
@@ -67,16 +70,23 @@ def hard_methods(
             'reuse, equal gaps': SpectrumConfig(Even(k), Newton(0)),
             'line, equal gaps': SpectrumConfig(Even(k), Newton(1)),
             'paper': growing_for(k, n_steps)}
+        residuals = {'default, residual': default}
         if (n_steps, k) == (50, 10):
-            configs |= {name: plan_from(passes, 50, Newton(0), name) for name, passes in LISTS.items()}
-        if calibration_file(model, n_steps).is_file():
-            configs['calibrated at 2.5'] = shipped_calibration(model, n_steps).plan(k)
+            lists = {name: plan_from(passes, 50, Newton(0), name) for name, passes in LISTS.items()}
+            configs |= lists
+            residuals |= {f'{name}, residual': plan for name, plan in lists.items()}
+        if calibration_file(model, n_steps, published).is_file():
+            with warnings.catch_warnings():                # plain steps are in the table anyway
+                warnings.simplefilter('ignore')
+                configs['calibrated'] = shipped_calibration(model, n_steps, published).plan(k)
         if speedup == speedups[0]:
             configs['stable-diffusion.cpp'] = plan_from(sd_cpp_passes(n_steps), n_steps, Blend(.4, Chebyshev(3, 1.)), 'sd.cpp')
         methods[speedup] = [Method('plain steps', k, None, own)]
         if second is not own: methods[speedup].append(Method('second-order steps', k, None, second))
         methods[speedup] += [Method(name, n_steps, config, own) for name, config in configs.items() if config is not None]
+        methods[speedup] += [Method(name, n_steps, config, own, 'residual') for name, config in residuals.items()]
     return methods
+
 
 # %% ../nbs/33b_hard.ipynb #ffb50948
 def draw(
@@ -88,7 +98,7 @@ def draw(
 ):             # (samples, passes)
     "Samples by a method; the pipeline comes back as it was"
     own, pipe.scheduler = pipe.scheduler, method.scheduler
-    handle = apply_spectrum(pipe, method.config, measure=False) if method.config is not None else None
+    handle = apply_spectrum(pipe, method.config, feature=method.feature, measure=False) if method.config is not None else None
     generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
     given = dict(prompt=list(prompts), num_inference_steps=method.steps, generator=generators, output_type='np')
     try: out = pipe(**given, **call)[0]
@@ -135,20 +145,23 @@ def hard_cell(
     n_steps:int,        # steps of the full run
     n_prompts:int=32,   # held-out captions, a seed each
     device='cpu',
+    measured=(),        # rows of an earlier call: what they have is not run again
 ):                      # list of rows
     "All methods at all speed-ups, against the full run of the same seeds"
     pipe, captions, run = drawn_by(model, guidance, kind, range(8000, 8000 + n_prompts), device)
     obeyed = captions if kind == 'captions' else None
     full, _ = run(Method('full run', n_steps, None, pipe.scheduler))
-    rows, known = [dict(speedup=1., method='full run', passes=n_steps) | score(full, full, obeyed)], {}
-    for speedup, methods in hard_methods(pipe, model, n_steps, SPEEDUPS).items():
+    rows = [dict(speedup=1., method='full run', passes=n_steps) | score(full, full, obeyed)]
+    known = {(r['method'], r['budget']): r for r in measured if 'budget' in r}
+    for speedup, methods in hard_methods(pipe, model, n_steps, SPEEDUPS, guidance).items():
         for method in methods:
-            budget = methods[0].steps if method.name != 'stable-diffusion.cpp' else method.name
+            budget = methods[0].steps if method.name != 'stable-diffusion.cpp' else n_steps
             if (key := (method.name, budget)) not in known:           # a floor gives several speed-ups the same passes
                 samples, passes = run(method)
-                known[key] = dict(passes=passes) | score(samples, full, obeyed)
-            rows.append(dict(speedup=speedup, method=method.name) | known[key])
+                known[key] = dict(passes=passes, budget=budget) | score(samples, full, obeyed)
+            rows.append(known[key] | dict(speedup=speedup, method=method.name))
     return rows
+
 
 # %% ../nbs/33b_hard.ipynb #d93fd6ad
 PUBLISHED = {name: find_preset(name).published for name in TINY}      # guidance scales of the checkpoints they are twins of

@@ -154,7 +154,7 @@ class Run:
         "Follow `plan` from step `start` on, with an empty history"
         self.plan, self.start, self.histories = plan, start, []
         line = plan.damping
-        self.steadiness = None if line is None else Steadiness(line.trust, line.first, line.memory)
+        self.steadiness = None if line is None else Steadiness(line.trust, line.base, line.first, line.memory)
 
     def in_any(self, flag):
         "Whether something holds here or in another process of the meshes: a block that one process runs and another skips would wait for ever"
@@ -403,11 +403,11 @@ class SpectrumHook(ModelHook):
         "What is done with the first argument of a head"
         @torch.compiler.disable
         def exchange(h):
-            if self.given is not None:
-                if name not in self.given: raise RuntimeError(f'the head {name!r} is called at a forecast step, and was not at the last pass: a stream that comes and goes within a run cannot be forecast')
-                return self.given[name].to(h.dtype)
             if self.seen is not None: self.seen.setdefault(name, []).append(h)
-            return h
+            if self.given is None: return h
+            if name not in self.given: raise RuntimeError(f'the head {name!r} is called at a forecast step, and was not at the last pass: a stream that comes and goes within a run cannot be forecast')
+            given = self.given[name].to(h.dtype)
+            return h + given if self.handle.feature == 'residual' and self.seen is None else given
         return exchange
 
     def time_of(self, args, kwargs):
@@ -535,7 +535,26 @@ class SpectrumHook(ModelHook):
         for name, (x,) in self.seen.items():               # one tensor may go to several heads
             run.heads[name] = next((k for k, y in enumerate(feature) if y is x), len(feature))
             if run.heads[name] == len(feature): feature.append(x)
-        return out, feature
+        return out, self.residual(run, feature, module, args, kwargs) if self.handle.feature == 'residual' else feature
+
+    @torch.compiler.disable(recursive=False)
+    def residual(self, run, feature, module, args, kwargs):
+        "What the blocks add: the feature less what the head is given when none of them runs"
+        self.seen, self.given = {}, {name: feature[k] for name, k in run.heads.items()}
+        args, kwargs = self.without_leads(args, kwargs)
+        with without(module, self.anatomy.body): self.fn_ref.original_forward(*args, **kwargs)
+        embedded = {k: self.seen[name][0] for name, k in run.heads.items()}
+        for k, x in enumerate(feature):
+            if embedded[k].shape != x.shape:
+                raise ValueError(f'{type(module).__name__} has no residual: its blocks are given {tuple(embedded[k].shape)} '
+                                 f"and its head {tuple(x.shape)}; use feature='hidden'")
+        return [x - embedded[k].to(x.dtype) for k, x in enumerate(feature)]
+
+    def without_leads(self, args, kwargs):
+        "The arguments of a call without what a control adds to blocks that do not run"
+        if not self.leads: return args, kwargs
+        args = tuple(None if k in self.lead_places else x for k, x in enumerate(args))
+        return args, kwargs | {n: None for n in self.leads & kwargs.keys()}
 
     @torch.compiler.disable
     def look_for_gradient(self, run, out):
@@ -550,7 +569,7 @@ class SpectrumHook(ModelHook):
             out = pytree.tree_unflatten([next(left).to(x.dtype) if is_feature(x) else x for x in run.leaves], run.form)
             return out if not torch.is_grad_enabled() else self.guarded(run, out, args, kwargs)
         self.given = {name: feature[k] for name, k in run.heads.items()}
-        if self.leads: args, kwargs = tuple(None if k in self.lead_places else x for k, x in enumerate(args)), kwargs | {n: None for n in self.leads & kwargs.keys()}
+        args, kwargs = self.without_leads(args, kwargs)
         with without(module, self.anatomy.body): out = self.fn_ref.original_forward(*args, **kwargs)
         return out if not torch.is_grad_enabled() else self.guarded(run, out, args, kwargs)
 
@@ -776,7 +795,8 @@ def apply_spectrum(
     config=None,       # SpectrumConfig, planned anew for each run's length, or a Plan; by default `SpectrumConfig()`
     n_steps:int=None,  # steps of a run, for a bare denoiser; by default the plan's
     anatomy=None,      # Anatomy, where the denoiser does not follow the conventional names
-    feature='hidden',  # what is forecast: `'hidden'`, what the head is given, or `'output'`, what the denoiser returns
+    feature='hidden',  # what is forecast: `'hidden'`, what the head is given; `'residual'`, that less what the blocks are
+                       # given, which the step's own is added to again; or `'output'`, what the denoiser returns
     history_device='same',  # where features are kept: `'same'`, on the device that made them, or `'cpu'`
     measure=True,      # whether each pass is compared with its forecast (one weighted sum and one norm a pass)
     watch=None,        # function (context, step, list of tensors), called with the feature of every pass before it is used
@@ -800,7 +820,7 @@ def apply_spectrum(
     if n_passes is not None and n_steps is not None: check_number('n_passes', n_passes, 1, Integral, n_steps)
     if config is None: config = SpectrumConfig(n_passes=n_passes, speedup=speedup)
     if not isinstance(config, (SpectrumConfig, Plan)): raise TypeError(f'apply_spectrum needs a SpectrumConfig or a Plan, not {type(config).__name__}')
-    for name, value, known in (('feature', feature, ('hidden', 'output')), ('history_device', history_device, ('same', 'cpu'))):
+    for name, value, known in (('feature', feature, ('hidden', 'residual', 'output')), ('history_device', history_device, ('same', 'cpu'))):
         if value not in known: raise ValueError(f'{name} must be one of {known}, not {value!r}')
     if getattr(config, 'tolerance', None) is not None and not measure: raise ValueError('a tolerance needs the measured errors: leave measure=True')
     if isinstance(target, (DiffusionPipeline, ModularPipeline)):

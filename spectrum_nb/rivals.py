@@ -43,6 +43,7 @@ class Method:
     steps:int        # denoising steps
     config:object    # SpectrumConfig or Plan; None runs every step in full
     scheduler:object # scheduler
+    feature:str='hidden'  # what is forecast, see `apply_spectrum`
 
 def all_methods(
     pipe,           # pipeline; its scheduler is the sampler

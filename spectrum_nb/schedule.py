@@ -246,8 +246,9 @@ class NoiseSpaced(Budget):
 @dataclass(frozen=True, repr=False)
 class NoiseQuantiles(Budget):
     "Passes at even quantiles of Σ|Δσ|^power, with room for a part of a gap after the last"
-    power:float=.35  # q: 0 for equal gaps, 1 for equal changes of the noise level
+    power:float=.4   # q: 0 for equal gaps, 1 for equal changes of the noise level
     room:float=.35   # of a gap, after the last pass; 0 puts it on the last step
+    below:float=.12  # share of noise, which is at most so large at the last pass; 1 does not ask
     least:int=8      # passes at least, where a speed-up gives their number
     warmup:int=1     # passes at the start
     last:int=0       # passes at the end
@@ -256,6 +257,7 @@ class NoiseQuantiles(Budget):
     def __post_init__(self):
         super().__post_init__()
         for name in ('power', 'room'): check_number(name, getattr(self, name), 0)
+        check_number('below', self.below, 0, Real, 1)
         check_number('least', self.least, 1, Integral)
 
     def __call__(self,
@@ -268,11 +270,16 @@ class NoiseQuantiles(Budget):
         first, stop = start - 1, n_steps - end
         inner = n_passes - start - end + 1
         reached = np.concatenate([[0], np.cumsum(density_of(sigmas, n_steps, self.power))])[first:stop]
-        wanted = (reached[-1] - reached[0])*np.arange(inner)/max(inner - 1 + self.room, 1e-9)
-        passes = [first + int(np.abs(reached - reached[0] - w).argmin()) for w in wanted]
+        reached -= reached[0]
+        finish = reached[-1]*(inner - 1)/max(inner - 1 + self.room, 1e-9)
+        if sigmas is not None:
+            low = noise_shares(sigmas)[first:stop] <= self.below
+            finish = max(finish, reached[low.argmax() if low.any() else -1])
+        passes = [first + int(np.abs(reached - w).argmin()) for w in finish*np.arange(inner)/max(inner - 1, 1)]
         for k in range(1, inner): passes[k] = max(passes[k], passes[k - 1] + 1)
         for k in range(inner): passes[k] = min(passes[k], stop - inner + k)
         return [*range(first), *passes, *range(stop, n_steps)]
+
 
 # %% ../nbs/04_schedule.ipynb #016ac286
 @dataclass(frozen=True, repr=False)
