@@ -323,12 +323,12 @@ def guider_of(kind):
     "Whether the guidance of a class of pipelines is a part of its own, a guider"
     return 'guider' in inspect.signature(kind.__init__).parameters
 
-# %% ../nbs/38c_options.ipynb #e68d8887
+# %% ../nbs/38c_options.ipynb #8ba595c1
 def applied_of(
-    feature:str='hidden',        # what is forecast: hidden, what the head is given, or output, what the denoiser returns
+    feature:str='hidden',        # what is forecast: hidden, what the head is given, residual, that less the blocks' input, or output, what the denoiser returns
     history_device:str='same',   # where features are kept: same, on the device that made them, or cpu
 ):                               # arguments of `apply_spectrum`
     "Checked; only those that differ from the default"
-    check_word('feature', feature, ('hidden', 'output'))
+    check_word('feature', feature, ('hidden', 'residual', 'output'))
     check_word('history-device', history_device, ('same', 'cpu'))
     return {k: v for k, v in dict(feature=feature, history_device=history_device).items() if v not in ('hidden', 'same')}

@@ -320,7 +320,7 @@ def verdict_of(
     if error is None or mean < 2*error: said += f' {len(ahead)} sample{"s"*(len(ahead) > 1)} cannot tell the two apart: decide with more prompts.'
     return dict(winner=best['name'], rival=rival['name'], ahead=mean, error=error, sentence=said)
 
-# %% ../nbs/38b_tune.ipynb #8cdb73f0
+# %% ../nbs/38b_tune.ipynb #31c8684d
 MARKDOWN = '''# Report card: {{ model }}
 
 {{ what }}
@@ -331,10 +331,12 @@ MARKDOWN = '''# Report card: {{ model }}
 ```python
 {{ v.code }}
 ```
+
 {% if v.words %}
 ```sh
 {{ v.words }}
 ```
+
 {% endif %}{% endfor %}
 
 | asked | way | passes | seconds | speed-up | efficiency | PSNR dB | worst tenth | SSIM |{{ ' LPIPS |' if lpips }}
