@@ -10,13 +10,16 @@ __all__ = ['Anatomy', 'Blend', 'Calibration', 'Chebyshev', 'DampedLine', 'Even',
            'shipped_calibration', 'taylor_plan', 'try_plans']
 
 # %% ../nbs/index.ipynb #65c80ce4
-from .anatomy import Anatomy
-from .calibrate import Calibration, record, shipped_calibration, try_plans
-from .forecast import FORECASTERS, Blend, Chebyshev, DampedLine, Newton, SteadyLine
-from .hook import apply_spectrum
-from .plan import Plan, SpectrumConfig, config_for_passes, make_plan, reuse_plan, taylor_plan
-from .presets import call_defaults, load_pipeline
-from .schedule import SCHEDULES, Even, Growing, Listed, NoiseQuantiles, NoiseSpaced, PowerSpaced
+from .quiet import hushed
+
+with hushed():      # what other packages say about their own optional parts, while they are imported
+    from spectrum_nb.anatomy import Anatomy
+    from spectrum_nb.calibrate import Calibration, record, shipped_calibration, try_plans
+    from spectrum_nb.forecast import FORECASTERS, Blend, Chebyshev, DampedLine, Newton, SteadyLine
+    from spectrum_nb.hook import apply_spectrum
+    from spectrum_nb.plan import Plan, SpectrumConfig, config_for_passes, make_plan, reuse_plan, taylor_plan
+    from spectrum_nb.presets import call_defaults, load_pipeline
+    from spectrum_nb.schedule import SCHEDULES, Even, Growing, Listed, NoiseQuantiles, NoiseSpaced, PowerSpaced
 
 _all_ = ['Anatomy', 'Blend', 'Calibration', 'Chebyshev', 'DampedLine', 'Even', 'FORECASTERS', 'Growing', 'Listed',
          'Newton', 'NoiseQuantiles', 'NoiseSpaced', 'Plan', 'PowerSpaced', 'SCHEDULES', 'SpectrumConfig',

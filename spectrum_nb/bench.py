@@ -128,6 +128,7 @@ def step_seconds(
     config=None, # SpectrumConfig or Plan; None runs every step in full
     tick=None,   # function to call after each step; its time does not count
     output_type='np',
+    **applied,   # further arguments of `apply_spectrum`
 ):               # (seconds of each step [n_steps], from the denoiser's first call on; passes of a context; samples)
     "Time the denoising loop of one call step by step: prompts are embedded before the clock starts, samples decoded after it stops"
     if 'callback_on_step_end' not in inspect.signature(pipe.__call__).parameters: raise ValueError(f'{type(pipe).__name__} cannot be timed: its call takes no callback_on_step_end, so its loop cannot be told from what follows')
@@ -141,7 +142,7 @@ def step_seconds(
         if not starts: starts.append(now())
     watch = [d.register_forward_pre_hook(begin) for d in find_denoisers(pipe).values()]
     try:
-        with apply_spectrum(pipe, config) if config else nullcontext() as run:
+        with apply_spectrum(pipe, config, **applied) if config else nullcontext() as run:
             out = pipe(prompt=list(prompts), num_inference_steps=n_steps, generator=[torch.Generator().manual_seed(int(s)) for s in seeds], output_type=output_type, callback_on_step_end=at_step, **call)
     finally: [w.remove() for w in watch]
     passes = len(next(iter(passes_of(run.stats).values()))) if run else n_steps

@@ -14,9 +14,10 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 
 from .clips import split_clips
+from .hook import DENOISERS
 from .hunyuan_video import CAPTION_ONLY
 from .plan import SpectrumConfig
 from .schedule import PowerSpaced
@@ -34,6 +35,7 @@ class Preset:
     fps:int=None               # frames a second of its clips
     tiles:bool=False           # whether its VAE decodes in tiles, for want of memory at this size
     schedule:object=None       # of its passes, where there is evidence for one; None for the default's
+    steps:int=None             # of a run; None for the 50 of the paper
     published:float=None       # guidance scale that the checkpoint is published with, of which a tiny model is a twin
 
 WEIGHTS = files('spectrum_nb')/'weights'
@@ -87,6 +89,8 @@ def load_pipeline(
     device:str=None,    # where it goes; by default the GPU if there is one
     dtype:torch.dtype=None,  # of the weights; by default the preset's (float32 for float16 on a CPU, which cannot run it), else float32 on a CPU and bfloat16 on a GPU
     offline:bool=False, # look for a hub id among what has been downloaded only
+    quantization=None,  # config of diffusers by which the weights of the denoisers are quantised
+    placed:bool=True,   # whether it is put on the device; else its weights stay on the host, in the precision for that device
 ):                      # diffusers pipeline
     "Load a pipeline by `DiffusionPipeline.from_pretrained`, weights from safetensors only; a `ValueError` says what was looked for and where"
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
@@ -97,12 +101,14 @@ def load_pipeline(
     if folder and not (Path(source)/'model_index.json').exists(): raise ValueError(f'{source!r} is not a pipeline: it holds no model_index.json')
     if not folder and (source.count('/') != 1 or source[0] in './'):
         raise ValueError(f'no model {name!r}: it is neither a preset ({", ".join(PRESETS)}), nor a folder here, nor a hub id of the form owner/name')
-    try: pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, variant=preset.variant, local_files_only=folder or offline, use_safetensors=True)
+    try:
+        if quantization: quantization = PipelineQuantizationConfig(quant_mapping={n: quantization for n in DiffusionPipeline.load_config(source) if n in DENOISERS})
+        pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, variant=preset.variant, local_files_only=folder or offline, use_safetensors=True, quantization_config=quantization)
     except Exception as e: raise ValueError(f'{source!r} could not be loaded{"" if folder else " from the hub, and there is no such folder here"}: {type(e).__name__}: {" ".join(str(e).split())}') from e
     if preset.scheduler: pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **preset.scheduler)
     if preset.tiles: pipe.vae.enable_tiling()
     if type(pipe).__name__.startswith('Flux'): pipe.default_sample_size = pipe.vae.config.sample_size//pipe.vae_scale_factor
-    return pipe.to(device)
+    return pipe.to(device) if placed else pipe
 
 def find_preset(
     name,  # a preset, its name, its hub id, or the folder of a tiny pipeline that was trained here

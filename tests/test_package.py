@@ -51,7 +51,7 @@ def test_a_folder_samples_like_the_preset_it_was_copied_from(tmp_path):
 
 
 @pytest.mark.parametrize('args, says', [
-    (['sample'], 'prompt is empty'),
+    (['sample'], 'say it with --prompt'),
     (['sample', '--prompt', 'x', '--model', 'tiny-flex'], 'neither a preset'),
     (['sample', '--prompt', 'x', '--model', './nowhere'], 'nor a folder'),
     (['sample', '--prompt', 'x', '--steps', '0'], 'steps must be an integer >= 1'),
