@@ -1,27 +1,35 @@
-"""Build the site into _docs without Quarto: nbdev makes the pages, smalldocs renders them from the real _quarto.yml.
+"""Build the site into _docs: nbdev makes the pages (pages.py), Quarto or smalldocs renders them from _quarto.yml
 
-Quarto's own options are not checked here. Maths becomes MathML, so that pages need no network; citations, which
-smalldocs does not know, are resolved from references.bib by pybtex."""
+`python .ci/site.py --quarto` is the published site. Without `--quarto` smalldocs takes Quarto's place, as in the tests:
+Quarto's own options are not checked then. Maths becomes MathML, so that pages need no network; citations, which
+smalldocs does not know, are resolved from references.bib by pybtex.
+Both ways, fonts from elsewhere are left out, links to this site become relative, and links that lead nowhere fail."""
 import html
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import nbdev.serve
 import yaml
 from latex2mathml.converter import convert
 from nbdev.config import get_config
 from nbdev.quarto import refresh_quarto_yml
-from nbdev.serve import proc_nbs
 from pybtex.database import parse_file
 from pybtex.plugin import find_plugin
 from smalldocs.site import build
 
-root = get_config(path=Path(__file__).parent).config_path
+from pages import Pages
+
+config = get_config(path=Path(__file__).parent)
+root = config.config_path
 proc, docs = root/'_proc', root/'_docs'
+HOME = f'{config.doc_host}{config.doc_baseurl}/'        # where the site is published: nbdev writes its links with it
 WEB_FONT = re.compile(r'''@import\s+(url\(\s*["']?https?:[^)]*\)|"https?:[^"]*"|'https?:[^']*')[^;]*;''')       # the address itself may hold semicolons
 
 
@@ -52,10 +60,15 @@ def cited(cells, bibliography):
     return [*cells, dict(cell_type='markdown', id='references', metadata={}, source=f'## References\n\n{works}')]
 
 
-def make_pages():
-    "Process the notebooks as nbdev does for Quarto, under the names that their pages have; {name here: name in nbs/}"
+def process_notebooks():
+    "Make the pages' notebooks in _proc, in this process, where `pages` is at hand"
     refresh_quarto_yml()
-    proc_nbs(n_workers=0, force=True)
+    nbdev.serve.FilterDefaults = Pages
+    nbdev.serve.proc_nbs(n_workers=0, force=True)
+
+
+def name_pages():
+    "Prepare what is in _proc for smalldocs, under the names that the pages have; {name here: name in nbs/}"
     names = {p.name: re.sub(r'^\d+\w?_', '', p.name) for p in proc.glob('*.ipynb')}
     config = yaml.safe_load(re.sub(r'\w+\.ipynb', lambda m: names.get(m[0], m[0]), (root/'_quarto.yml').read_text(encoding='utf-8')))
     bibliography = parse_file(proc/config.pop('bibliography'))
@@ -101,6 +114,12 @@ class Links(HTMLParser):
         if tag == 'link' and 'stylesheet' in attrs.get('rel', ''): self.loads.append(attrs['href'])
 
 
+def relative(page, path):
+    "The page with its absolute links to this site as relative ones, so that they hold wherever it is served"
+    up = os.path.relpath(docs, path.parent)
+    return re.sub(rf'(href|src)="{re.escape(HOME)}([^"]*)"', rf'\1="{up}/\2"', page)
+
+
 def broken_links():
     "Every link of the built site that leads nowhere, and everything that a page would have to fetch from elsewhere"
     found, pages = [], {p: Links(p.read_text(encoding='utf-8')) for p in docs.rglob('*.html')}
@@ -117,13 +136,32 @@ def broken_links():
     return sorted(set(found))
 
 
-if __name__ == '__main__':
-    names = make_pages()
+def with_smalldocs():
+    "Render _proc without Quarto; what smalldocs warns of"
+    names = name_pages()
     site = build(proc, quiet=True)
     shutil.rmtree(docs, ignore_errors=True)
     shutil.move(site.out, docs)
-    for sheet in docs.rglob('*.css'): sheet.write_text(WEB_FONT.sub('', sheet.read_text(encoding='utf-8')), encoding='utf-8')
-    for page in docs.rglob('*.html'): page.write_text(to_source(to_mathml(page.read_text(encoding='utf-8')), names), encoding='utf-8')
-    problems = [str(w) for w in site.warnings] + broken_links()
-    print(f'{len(names)} pages in {docs.name}/, {len(problems)} problems')
+    for page in docs.rglob('*.html'):
+        page.write_text(to_source(to_mathml(page.read_text(encoding='utf-8')), names), encoding='utf-8')
+    return [str(w) for w in site.warnings]
+
+
+def with_quarto():
+    "Render _proc as `nbdev_docs` does; Quarto fails by itself where something is wrong"
+    subprocess.run(['quarto', 'render', '--no-cache'], cwd=proc, check=True)
+    shutil.rmtree(docs, ignore_errors=True)
+    shutil.move(proc/docs.name, docs)
+    return []
+
+
+if __name__ == '__main__':
+    process_notebooks()
+    problems = with_quarto() if '--quarto' in sys.argv else with_smalldocs()
+    for sheet in docs.rglob('*.css'):
+        sheet.write_text(WEB_FONT.sub('', sheet.read_text(encoding='utf-8')), encoding='utf-8')
+    pages = list(docs.rglob('*.html'))
+    for page in pages: page.write_text(relative(page.read_text(encoding='utf-8'), page), encoding='utf-8')
+    problems += broken_links()
+    print(f'{len(pages)} pages in {docs.name}/, {len(problems)} problems')
     if problems: sys.exit('\n'.join(problems))

@@ -1,5 +1,8 @@
 "The built site as a reader meets it: every page opened in a headless Chromium, offline, in light and dark, on a desk and on a phone"
+import ast
 import functools
+import html
+import inspect
 import os
 import re
 import shutil
@@ -14,10 +17,14 @@ import pytest
 from execnb.nbio import read_nb
 from playwright.sync_api import sync_playwright
 
+from spectrum_nb.plan import SpectrumConfig
+
 pytestmark = pytest.mark.slow
 root = Path(__file__).parents[1]
 CHROMIUM = next((found for name in ('chromium', 'chromium-browser', 'google-chrome', 'chrome') if (found := shutil.which(name))), None)
-PAGES = {re.sub(r'^\d+\w?_', '', p.stem) + '.html': p.name for p in sorted((root/'nbs').glob('*.ipynb'))}
+PAGES = {re.sub(r'^\d+\w?_', '', p.stem) + '.html': p.name for p in sorted((root/'nbs').iterdir())
+         if p.suffix in ('.ipynb', '.md')}
+NOTEBOOKS = {page: name for page, name in PAGES.items() if name.endswith('.ipynb')}
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -47,8 +54,9 @@ def browser(site):
 
 
 def test_every_notebook_is_a_page_of_the_sidebar(site):
-    listed = re.findall(r'[\w/]+\.ipynb', (root/'_quarto.yml').read_text(encoding='utf-8'))
-    assert sorted(listed) == sorted(p.name for p in (root/'nbs').glob('*.ipynb'))
+    sidebar = (root/'_quarto.yml').read_text(encoding='utf-8').split('sidebar:')[1]
+    listed = re.findall(r'[\w/]+\.(?:ipynb|md)', sidebar)
+    assert sorted(listed) == sorted(PAGES.values())
     assert sorted(p.name for p in (root/'_docs').glob('*.html')) == sorted(PAGES)
 
 
@@ -93,6 +101,9 @@ LOOK = r"""() => {
 
 def expected(path):
     "What the page of a notebook must show: its pictures, its displayed formulas, and a share of its words"
+    if path.endswith('.md'):
+        text = (root/'nbs'/path).read_text(encoding='utf-8')
+        return text.count('!['), text.count('$$')//2, len(text)
     nb = read_nb(root/'nbs'/path)
     said = [''.join(c.source) for c in nb.cells if c.cell_type == 'markdown']
     pictures = sum('image/png' in o.get('data', {}) for c in nb.cells if c.cell_type == 'code' for o in c.outputs) + sum(len(re.findall(r'!\[', s)) for s in said)
@@ -103,6 +114,8 @@ def expected(path):
 def test_page_shows_its_notebook_without_an_error_and_leads_somewhere(site, browser, name):
     tab, wrong = opened(browser, site, name)
     wrong += [f'missing image: {src[:80]}' for src in tab.evaluate('[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src)')]
+    silent = tab.evaluate('[...document.images].filter(i => i.alt.trim().length < 8).map(i => i.src)')
+    wrong += [f'a picture without words: {src[:80]}' for src in silent]
     wrong += [f'not rendered: {text}' for text in tab.evaluate(r"""[...document.querySelectorAll('main p, main li, main td, main h1, main h2, main h3, main h4, merror')].filter(e =>
         e.tagName == 'MERROR' || /\$[^$]+\$|\\\(|\\\[|\[@\w|\]\(|\*\*\S/.test([...e.childNodes].filter(n => n.nodeType == 3).map(n => n.textContent).join(''))).map(e => e.textContent.slice(0, 80))""")]
     pictures, formulas, words = expected(PAGES[name])
@@ -117,7 +130,8 @@ def test_page_shows_its_notebook_without_an_error_and_leads_somewhere(site, brow
     wrong += [f'no such file: {path}' for path in ours if not (root/path).exists()]
     actions = tab.evaluate('Object.fromEntries([...document.querySelectorAll("a.toc-action")].map(a => [a.textContent.trim(), a.href]))')
     path = urlsplit(actions['View source']).path
-    assert path == f'/spectrum-nb/spectrum_nb/blob/main/nbs/{PAGES[name]}' and actions['Run in Colab'] == f'https://colab.research.google.com/github{path}'
+    assert path == f'/spectrum-nb/spectrum_nb/blob/main/nbs/{PAGES[name]}'
+    if name in NOTEBOOKS: assert actions['Run in Colab'] == f'https://colab.research.google.com/github{path}'
     look = tab.evaluate(LOOK)
     if look['characters'] < .5*words: wrong.append(f'only {look["characters"]} characters of text can be seen, the notebook has {words}')
     tab.set_viewport_size(dict(width=390, height=844))           # a phone
@@ -135,6 +149,67 @@ def test_text_can_be_read_in_light_and_dark(site, browser, name, scheme):
     tab.context.close()
     assert not wrong and look['dark'] == (scheme == 'dark') and 'sans-serif' in look['font'] and not look['small'], look
     assert look['prose'][0] >= 4.5 and look['code'][0] >= 3, look
+
+
+def definitions_of(notebook):
+    "The public functions and classes of a notebook's exported cells, in their order, but for those it documents itself"
+    cells = [''.join(c.source) for c in read_nb(root/'nbs'/notebook).cells if c.cell_type == 'code']
+    trees = [ast.parse(source) for source in cells if re.match(r'#\| *exports?\b', source) and '#| hide' not in source]
+    named = {node.name: None for tree in trees for node in tree.body
+             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith('_')
+             and not any('patch' in ast.unparse(d) for d in node.decorator_list)}
+    elsewhere = {m for source in cells for m in re.findall(r'^show_doc\((\w+)', source, re.M)}
+    return [name for name in named if name not in elsewhere]
+
+
+@pytest.mark.parametrize('name', NOTEBOOKS)
+def test_definitions_stand_in_the_order_of_their_source(site, name):
+    page = (root/'_docs'/name).read_text(encoding='utf-8')
+    headings = re.findall(r'<h3[^>]*>(?:<[^>]*>)*(\w+)(?:<[^>]*>)*</h3>', page)
+    defined = definitions_of(NOTEBOOKS[name])
+    assert [heading for heading in headings if heading in defined] == defined
+
+
+def test_the_settings_are_explained_where_they_are_documented(site):
+    page = html.unescape(re.sub('<[^>]*>', '', (root/'_docs/plan.html').read_text(encoding='utf-8')))
+    entry = page.split('class SpectrumConfig(')[1].split('\n)')[0]
+    settings = list(inspect.signature(SpectrumConfig).parameters)
+    lines = {setting: line for setting in settings for line in entry.splitlines()
+             if re.match(rf'\s*{setting}[:=]', line)}
+    assert list(lines) == settings and all('# ' in line for line in lines.values()), entry
+
+
+def test_sources_are_folded_and_follow_what_they_define(site, browser):
+    tab, wrong = opened(browser, site, 'plan.html')
+    assert tab.evaluate('document.querySelectorAll("details.code-fold[open]").length') == 0
+    folded, heading = tab.evaluate("""() => {
+        const top = e => e.getBoundingClientRect().top
+        const sources = [...document.querySelectorAll('details')]
+        return [sources.filter(d => d.textContent.includes('class SpectrumConfig:')).map(top),
+                top(document.getElementById('spectrumconfig'))]
+    }""")
+    assert len(folded) == 1 and folded[0] > heading and not wrong
+    tab.context.close()
+
+
+def test_on_a_phone_small_pictures_stay_small_and_printed_tables_keep_their_columns(site, browser):
+    tab, wrong = opened(browser, site, 'index.html', viewport=dict(width=390, height=844))
+    pictures = '[...document.querySelectorAll(".cell-output-display img")]'
+    widths = tab.evaluate(pictures + '.map(i => [i.naturalWidth, i.getBoundingClientRect().width])')
+    assert widths and all(shown <= natural for natural, shown in widths), widths
+    outputs = '[...document.querySelectorAll(".cell-output > pre code")]'
+    printed = tab.evaluate(outputs + '.map(e => getComputedStyle(e).whiteSpace)')
+    assert printed and set(printed) == {'pre'} and not wrong
+    assert tab.evaluate('document.querySelectorAll("#quarto-search").length') == 1
+    tab.context.close()
+
+
+def test_the_first_page_says_how_to_install_and_what_to_import(site, browser):
+    tab, wrong = opened(browser, site, 'index.html')
+    said = tab.inner_text('main')
+    tab.context.close()
+    assert 'pip install git+https' in said and 'from spectrum_nb import apply_spectrum' in said
+    assert 'test_eq' not in said and not wrong
 
 
 def test_a_reader_can_change_from_light_to_dark(site, browser):
