@@ -197,7 +197,8 @@ paper_configs = st.builds(lambda degree, lam, blend, window, alpha, warmup, keep
     st.integers(0, 6), st.sampled_from([0, 0., .01, .1, 10.]), st.sampled_from([0, .3, .5, 1]), st.floats(1, 6), st.floats(0, 4), st.integers(1, 8), st.none() | st.integers(1, 8), st.none() | st.floats(0, 3))
 steady_configs = st.tuples(
     st.builds(NoiseQuantiles, speedup=st.none() | st.floats(1, 6), power=st.floats(0, 2), room=st.floats(0, 2), least=st.integers(1, 8)),
-    st.builds(SteadyLine, st.sampled_from([0, .5, 1., 2., 5.]), st.sampled_from([0., .5, 1.]), st.integers(1, 4)),
+    st.builds(SteadyLine, trust=st.sampled_from([0, .5, 1., 2., 5.]), base=st.sampled_from([0., .5, 1.]),
+              first=st.sampled_from([0., .5, 1.]), memory=st.integers(1, 4)),
     st.none() | st.integers(1, 8),
     st.none() | st.floats(0, 3))
 configs = paper_configs | steady_configs | st.just((*(getattr(SpectrumConfig(), f.name) for f in fields(SpectrumConfig)),))

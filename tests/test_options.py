@@ -32,6 +32,7 @@ def test_a_note_of_ours_is_one_line(tmp_path):
     assert len(notes) == 1 and notes[0].startswith('spectrum-nb: note: a run of 4 steps') and '.py' not in done.stderr
 
 
+@pytest.mark.slow
 def test_from_a_saved_pipeline_to_a_report_card_in_one_command(tmp_path):
     shutil.copytree(root/'spectrum_nb/weights/tiny-flux', tmp_path/'mine')
     (tmp_path/'mine/training.json').unlink()                    # a pipeline of somebody else
@@ -44,6 +45,7 @@ def test_from_a_saved_pipeline_to_a_report_card_in_one_command(tmp_path):
     assert {'card.html', 'card.md', 'plan.json', 'strip.png'} <= {p.name for p in (tmp_path/'card').iterdir()}
 
 
+@pytest.mark.slow
 def test_bench_has_sub_commands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for words, says in ((['bench', 'nothing'], 'choose forecast'), (['bench', '--what', 'nothing'], 'choose forecast'), (['bench', 'cost', '--prompts', '3'], 'bench cost has no --prompts'),
