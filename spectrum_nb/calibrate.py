@@ -258,13 +258,14 @@ class Calibration:
         plan,            # Plan, or a list of passes of a forecaster
         forecaster=None, # of a list of passes
         corrected=True,  # multiplied by the bias that the trials measured
+        loop=False,      # with the gains of the plan's own loop, see `loop_gains`; the bias is of the other
     ):                   # ‖Δ‖ / ‖x_n‖ foretold
         "The relative error of the last sample that a plan will make, cancellation between gaps not counted on"
         if not isinstance(plan, Plan): plan = plan_from(plan, self.n_steps, self.forecaster(forecaster))
         if plan.n_steps != self.n_steps: raise ValueError(f'the plan is for {plan.n_steps} steps, the calibration for {self.n_steps}')
         weights = plan.weights + .5*plan.slopes          # a share that is measured in the run is taken as one half
         rows = lambda known, steps, n_steps: weights[np.ix_(steps, known)]
-        error = RunError(rows, self.response, self.gains, self.gram['output'], self.moves)(tuple(plan.passes))
+        error = RunError(rows, self.response, self.gains, self.gram['output'], self.moves if loop else None)(tuple(plan.passes))
         return (self.bias if corrected else 1.)*math.sqrt(error)
 
     def _passes(self, n_passes, forecaster, places='output', feature='hidden', must=(0,)):
