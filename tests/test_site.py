@@ -106,7 +106,9 @@ def expected(path):
         return text.count('!['), text.count('$$')//2, len(text)
     nb = read_nb(root/'nbs'/path)
     said = [''.join(c.source) for c in nb.cells if c.cell_type == 'markdown']
-    pictures = sum('image/png' in o.get('data', {}) for c in nb.cells if c.cell_type == 'code' for o in c.outputs) + sum(len(re.findall(r'!\[', s)) for s in said)
+    outputs = [o.get('data', {}) for c in nb.cells if c.cell_type == 'code' for o in c.outputs]
+    texts = said + [''.join(data.get('text/markdown', '')) for data in outputs]
+    pictures = sum('image/png' in data for data in outputs) + sum(text.count('![') for text in texts)
     return pictures, sum(s.count('$$')//2 for s in said), sum(map(len, said))
 
 
