@@ -534,7 +534,9 @@ def try_plans(
     **call,         # as for `record`
 ):                  # Calibration with trials and steps
     "Run the candidates for each budget, and as many plain steps; the calibration with what was measured"
-    if not calibration.runs: raise ValueError('this calibration was read from a file, which does not keep the samples that trials are compared with; record anew')
+    if not calibration.runs:
+        raise ValueError('this calibration was read from a file, which does not keep the samples that trials are '
+                         'compared with; record anew')
     calibration.check(pipe, calibration.n_steps, call)
     runs, untried, trials, steps = calibration.runs[:n_prompts], replace(calibration, trials=(), steps=()), [], []
     heat, samplers = Heat(pipe, runs, call, keep), {'plain steps': pipe.scheduler}
