@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLACES', 'MAX_L1', 'SHRINKAGE', 'BAND', 'Trial', 'Steps', 'UNSEARCHED', 'CANDIDATES', 'gram_weights', 'Gram',
-           'choose_shrinkage', 'typical', 'answers_of', 'loop_gains', 'RunError', 'Calibration', 'set_up',
-           'sample_once', 'record_one', 'kept', 'digest', 'check_kept', 'kept_in', 'forget_kept', 'record',
+           'choose_shrinkage', 'typical', 'typical_weights', 'answers_of', 'loop_gains', 'RunError', 'Calibration',
+           'set_up', 'sample_once', 'record_one', 'kept', 'digest', 'check_kept', 'kept_in', 'forget_kept', 'record',
            'relative_distance', 'try_plans', 'Heat', 'calibration_file', 'shipped_calibration']
 
 # %% ../nbs/28_calibrate.ipynb #5a3c3ee1
@@ -33,7 +33,7 @@ from .places import search_passes
 from .plan import Plan, plan_from
 from .presets import find_preset, read_json
 from .recording import Sketch, gains_between, listening, measure_gains, response_of
-from .samplers import second_order
+from .samplers import sampled_by, second_order
 from .schedule import NoiseQuantiles, NoiseSpaced, passes_for, spaced_passes
 
 # %% ../nbs/28_calibrate.ipynb #ebbf64fd
@@ -110,6 +110,12 @@ def typical(
     if not hasattr(forecaster, 'slopes'): return forecaster
     return lambda *where: forecaster(*where) + .5*forecaster.slopes(*where)
 
+def typical_weights(
+    plan,  # Plan
+):         # [n, n]
+    "The same of a plan"
+    return plan.weights + .5*plan.slopes
+
 
 # %% ../nbs/28_calibrate.ipynb #6bdb3842
 BAND = (1., 1.25, 1.5)     # factors c of the measured answers
@@ -149,12 +155,12 @@ class RunError:
         moves=None,  # [n] |Δσ| of the steps, if the plan's own loop is to be closed, see `loop_gains`
     ):
         self.forecaster, self.response, self.gains, self.gram = forecaster, response, gains, gram
-        self.moves, self.gaps = moves, {}
+        self.moves, self.gaps, self.answers = moves, {}, answers_of(gains)
 
     def gap(self,
         known,      # tuple of the passes so far
         following,  # the pass that ends the gap, or n
-    ):              # ([n] coefficients of what the gap adds, [K] how far it moves the sample by each pass)
+    ):              # ([n] coefficients of what the gap adds, its square, [K] how far it moves the sample by each pass)
         "What the forecasts between two passes do, before anybody answers"
         if (known, following) not in self.gaps:
             n, last = len(self.response), known[-1]
@@ -166,7 +172,7 @@ class RunError:
             if self.moves is not None:
                 move[-1] = self.moves[last]
                 if len(steps): move += self.moves[steps] @ rows
-            self.gaps[known, following] = c, move
+            self.gaps[known, following] = c, c @ self.gram @ c, move
         return self.gaps[known, following]
 
     def gains_of(self,
@@ -179,7 +185,7 @@ class RunError:
         if self.moves is None: return measured
         a, at = np.zeros((len(passes), len(passes))), list(passes)
         for k, move in enumerate(moves): a[k, :k + 1] = move
-        looped = loop_gains(a, answers_of(self.gains)[at]/self.moves[at])
+        looped = loop_gains(a, self.answers[at]/self.moves[at])
         return np.maximum(measured, [*looped[1:], 0.])
 
     def __call__(self,
@@ -187,9 +193,10 @@ class RunError:
     ):           # number
         "The squared error of all gaps together plus those of the gaps alone"
         ends = [*passes[1:], len(self.response)]
-        coefficients, moves = zip(*(self.gap(passes[:k], f) for k, f in enumerate(ends, 1)))
-        c = self.gains_of(passes, moves)[:, None]*np.array(coefficients)
-        total, alone = c.sum(0) @ self.gram @ c.sum(0), np.einsum('ki,ij,kj->', c, self.gram, c)
+        coefficients, squares, moves = zip(*(self.gap(passes[:k], f) for k, f in enumerate(ends, 1)))
+        gains = self.gains_of(passes, moves)
+        c = gains @ np.array(coefficients)
+        total, alone = c @ self.gram @ c, gains**2 @ np.array(squares)
         return max(float(total), 0.) + max(float(alone), 0.)
 
 
@@ -263,7 +270,7 @@ class Calibration:
         "The relative error of the last sample that a plan will make, cancellation between gaps not counted on"
         if not isinstance(plan, Plan): plan = plan_from(plan, self.n_steps, self.forecaster(forecaster))
         if plan.n_steps != self.n_steps: raise ValueError(f'the plan is for {plan.n_steps} steps, the calibration for {self.n_steps}')
-        weights = plan.weights + .5*plan.slopes          # a share that is measured in the run is taken as one half
+        weights = typical_weights(plan)
         rows = lambda known, steps, n_steps: weights[np.ix_(steps, known)]
         error = RunError(rows, self.response, self.gains, self.gram['output'], self.moves if loop else None)(tuple(plan.passes))
         return (self.bias if corrected else 1.)*math.sqrt(error)
@@ -592,15 +599,11 @@ class Heat:
         def prepared():
             with apply_spectrum(self.pipe, plan, measure=False): yield self.pipe
         name = f'{len(plan.passes)}_{forecaster}_{places}' if isinstance(forecaster, str) else None
-        return self.off(name, plan.weights + .5*plan.slopes, n_prompts, plan.n_steps, prepared)
+        return self.off(name, typical_weights(plan), n_prompts, plan.n_steps, prepared)
 
     def steps(self, name, sampler, n_steps):
         "Plain steps of a sampler, on all prompts"
-        @contextmanager
-        def prepared():
-            own, self.pipe.scheduler = self.pipe.scheduler, sampler
-            try: yield self.pipe
-            finally: self.pipe.scheduler = own
+        prepared = partial(sampled_by, self.pipe, sampler)
         return self.off(f'{n_steps}_{name.replace(" ", "-")}', [float(n_steps)], len(self.runs), n_steps, prepared)
 
 def calibration_file(

@@ -24,7 +24,7 @@ from .metrics import fidelity
 from .plan import SpectrumConfig, config_for_passes, make_plan, plan_from
 from .presets import TINY, call_defaults, find_preset, held_captions, load_pipeline
 from .rivals import Method
-from .samplers import second_order
+from .samplers import sampled_by, second_order
 from .schedule import Even, Growing, NoiseQuantiles, NoiseSpaced, PowerSpaced
 from .shapes import caption_agreement, half_caption
 
@@ -98,15 +98,14 @@ def draw(
     method,    # Method
 ):             # (samples, passes)
     "Samples by a method; the pipeline comes back as it was"
-    own, pipe.scheduler = pipe.scheduler, method.scheduler
-    handle = apply_spectrum(pipe, method.config, feature=method.feature, measure=False) if method.config is not None else None
     generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
     given = dict(prompt=list(prompts), num_inference_steps=method.steps, generator=generators, output_type='np')
-    try: out = pipe(**given, **call)[0]
-    finally:
-        if handle: handle.remove()
-        pipe.scheduler = own
-    return np.asarray(out), len(handle.stats[0].passes) if handle else method.steps
+    with sampled_by(pipe, method.scheduler):
+        if method.config is None: return np.asarray(pipe(**given, **call)[0]), method.steps
+        with apply_spectrum(pipe, method.config, feature=method.feature, measure=False) as run:
+            out = pipe(**given, **call)[0]
+    return np.asarray(out), len(run.stats[0].passes)
+
 
 # %% ../nbs/33b_hard.ipynb #b667ed98
 def drawn_by(

@@ -25,7 +25,7 @@ from PIL import Image
 from .forecast import check_number
 from .hook import find_denoisers
 from .presets import call_defaults, check_device, find_preset, first_line, load_pipeline, read_json
-from .rivals import second_order
+from .samplers import second_order
 
 # %% ../nbs/38c_options.ipynb #e674d476
 def takes(

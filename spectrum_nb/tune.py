@@ -29,8 +29,9 @@ from .hook import find_denoisers
 from .metrics import fidelity, finite_mean, lpips_metric, still
 from .plan import SpectrumConfig
 from .presets import config_for_model, first_line, read_json
-from .rivals import Method, comparison_figure, second_order
+from .rivals import Method, comparison_figure
 from .runs import Job, claim, for_batch, load_sample, save_sample
+from .samplers import second_order
 from .schedule import Even, passes_for
 
 # %% ../nbs/38b_tune.ipynb #7913a41d

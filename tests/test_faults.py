@@ -20,9 +20,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.cache_utils import CacheMixin
-from hypothesis import HealthCheck, example, given, reject, settings
+from hypothesis import example, given, reject, settings
 from hypothesis import strategies as st
 from PIL import Image
+from profiles import NIGHTLY, examples
 from torch import nn
 
 import spectrum_nb
@@ -39,12 +40,6 @@ from spectrum_nb.runs import read_prompts
 from spectrum_nb.schedule import SCHEDULES, Listed, NoiseQuantiles
 from spectrum_nb.tiny import fit, save_pipeline
 
-common = dict(deadline=None, suppress_health_check=list(HealthCheck))
-settings.register_profile('short', derandomize=True, database=None, **common)
-settings.register_profile('nightly', print_blob=True, **common)
-NIGHTLY = os.environ.get('HYPOTHESIS_PROFILE') == 'nightly'
-settings.load_profile('nightly' if NIGHTLY else 'short')
-def examples(short, nightly): return settings(max_examples=nightly if NIGHTLY else short)
 def bug(reason, raises=None): return pytest.mark.xfail(strict=True, reason=reason, **dict(raises=raises) if raises else {})
 
 WEIGHTS = Path(spectrum_nb.__file__).parent/'weights'

@@ -15,9 +15,10 @@ import pytest
 import torch
 from diffusers.hooks import HookRegistry
 from diffusers.models.cache_utils import CacheMixin
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from profiles import NIGHTLY, examples
 from torch import nn
 
 from spectrum_nb.anatomy import ToyDenoiser, find_anatomy
@@ -28,13 +29,6 @@ from spectrum_nb.hook import apply_spectrum, find_denoisers
 from spectrum_nb.plan import SpectrumConfig, make_plan
 from spectrum_nb.presets import call_defaults, load_pipeline
 from spectrum_nb.runs import all_jobs, make_sample, sample_all
-
-common = dict(deadline=None, suppress_health_check=list(HealthCheck))
-settings.register_profile('short', derandomize=True, database=None, **common)
-settings.register_profile('nightly', print_blob=True, **common)
-NIGHTLY = os.environ.get('HYPOTHESIS_PROFILE') == 'nightly'
-settings.load_profile('nightly' if NIGHTLY else 'short')
-def examples(short, nightly): return settings(max_examples=nightly if NIGHTLY else short)
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings('ignore')
