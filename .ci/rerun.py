@@ -30,7 +30,8 @@ def rerun(path, skip):
         except Exception: sys.exit(shell.prettytb(path.name))
     fresh = read_nb(path)            # the sources as they are on disk: processing may change them
     for cell, ran in zip(fresh.cells, nb.cells, strict=True):
-        if cell.cell_type == 'code': cell.outputs = saved[cell.id] if cell.id in skipped else [o for o in ran.outputs if not noise(o)]
+        if cell.cell_type == 'code':
+            cell.outputs = saved[cell.id] if cell.id in skipped else [o for o in ran.outputs if not noise(o)]
     clean_nb(fresh)
     write_nb(fresh, path)
 
@@ -43,9 +44,11 @@ def noise(output):
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('notebooks', nargs='*', type=Path, help='by default all')
-    parser.add_argument('--slow', action='store_true', help='run the cells flagged slow, too: they write the saved results anew')
+    parser.add_argument('--slow', action='store_true',
+                        help='run the cells flagged slow, too: they write the saved results anew')
     args = parser.parse_args()
-    paths = [p.resolve() for p in args.notebooks] or sorted(get_config(path=Path(__file__).parent).nbs_path.glob('*.ipynb'))
+    paths = [p.resolve()
+             for p in args.notebooks] or sorted(get_config(path=Path(__file__).parent).nbs_path.glob('*.ipynb'))
     if len(paths) == 1: rerun(paths[0], SKIP - {'slow'} if args.slow else SKIP)
     else:
         for path in paths:      # each in a process of its own, so that no notebook feels those before it

@@ -30,7 +30,8 @@ config = get_config(path=Path(__file__).parent)
 root = config.config_path
 proc, docs = root/'_proc', root/'_docs'
 HOME = f'{config.doc_host}{config.doc_baseurl}/'        # where the site is published: nbdev writes its links with it
-WEB_FONT = re.compile(r'''@import\s+(url\(\s*["']?https?:[^)]*\)|"https?:[^"]*"|'https?:[^']*')[^;]*;''')       # the address itself may hold semicolons
+# the address itself may hold semicolons
+WEB_FONT = re.compile(r'''@import\s+(url\(\s*["']?https?:[^)]*\)|"https?:[^"]*"|'https?:[^']*')[^;]*;''')
 
 
 def without_numbers(text, names):
@@ -53,10 +54,12 @@ def cited(cells, bibliography):
 
     keys = []
     for cell in cells:
-        if cell['cell_type'] == 'markdown': cell['source'] = re.sub(r'\[@([\w-]+)(,[^\]]*)?\]', link, ''.join(cell['source']))
+        if cell['cell_type'] == 'markdown':
+            cell['source'] = re.sub(r'\[@([\w-]+)(,[^\]]*)?\]', link, ''.join(cell['source']))
     if not keys: return cells
     style, backend = find_plugin('pybtex.style.formatting', 'plain')(), find_plugin('pybtex.backends', 'html')()
-    works = ''.join(f'<p id="ref-{e.key}">{e.text.render(backend)}</p>\n' for e in style.format_bibliography(bibliography, list(dict.fromkeys(keys))))
+    works = ''.join(f'<p id="ref-{e.key}">{e.text.render(backend)}</p>\n'
+                    for e in style.format_bibliography(bibliography, list(dict.fromkeys(keys))))
     return [*cells, dict(cell_type='markdown', id='references', metadata={}, source=f'## References\n\n{works}')]
 
 
@@ -70,17 +73,21 @@ def process_notebooks():
 def name_pages():
     "Prepare what is in _proc for smalldocs, under the names that the pages have; {name here: name in nbs/}"
     names = {p.name: re.sub(r'^\d+\w?_', '', p.name) for p in proc.glob('*.ipynb')}
-    config = yaml.safe_load(re.sub(r'\w+\.ipynb', lambda m: names.get(m[0], m[0]), (root/'_quarto.yml').read_text(encoding='utf-8')))
+    config = yaml.safe_load(
+        re.sub(r'\w+\.ipynb', lambda m: names.get(m[0], m[0]), (root/'_quarto.yml').read_text(encoding='utf-8')))
     bibliography = parse_file(proc/config.pop('bibliography'))
     for old, new in names.items():
-        page = re.sub(r'output-file: [\w.]+\\n', '', (proc/old).read_text(encoding='utf-8'))    # for Quarto alone: here the file has that name
+        # for Quarto alone: here the file has that name
+        page = re.sub(r'output-file: [\w.]+\\n', '', (proc/old).read_text(encoding='utf-8'))
         page = json.loads(without_numbers(page, names))
         page['cells'] = cited(page['cells'], bibliography)
         (proc/old).unlink()
         (proc/new).write_text(json.dumps(page), encoding='utf-8')
     ours = yaml.safe_load((root/'nbs/nbdev.yml').read_text(encoding='utf-8'))
     config['website'] = ours['website'] | config['website']
-    for quarto_only in (config.pop('execute'), config.pop('link-citations'), config['format']['html'].pop('html-math-method')): assert quarto_only     # nothing runs; citations and maths are done here
+    for quarto_only in (config.pop('execute'), config.pop('link-citations'),
+                        config['format']['html'].pop('html-math-method')):
+        assert quarto_only     # nothing runs; citations and maths are done here
     (proc/'_quarto.yml').write_text(yaml.safe_dump(config, sort_keys=False), encoding='utf-8')
     return {new: old for old, new in names.items()}
 
@@ -131,8 +138,12 @@ def broken_links():
             to = (page.parent/unquote(url.path)).resolve() if url.path else page
             if to.is_dir(): to = to/'index.html'
             if not to.exists(): found.append(f'{page.name} -> {target}')
-            elif url.fragment and to in pages and unquote(url.fragment) not in pages[to].ids: found.append(f'{page.name} -> {target} (no such place)')
-    found += [f'{sheet.name} imports {u}' for sheet in docs.rglob('*.css') for u in re.findall(r'@import[^;]*https?:[^;]*', sheet.read_text(encoding='utf-8'))]
+            elif url.fragment and to in pages and unquote(url.fragment) not in pages[to].ids:
+                found.append(f'{page.name} -> {target} (no such place)')
+    found += [
+        f'{sheet.name} imports {u}' for sheet in docs.rglob('*.css')
+        for u in re.findall(r'@import[^;]*https?:[^;]*', sheet.read_text(encoding='utf-8'))
+    ]
     return sorted(set(found))
 
 

@@ -33,6 +33,7 @@ BASES = {
     'paper 10, w = 1': SpectrumConfig.paper(alpha=3, blend=1),
     'noise 10': SpectrumConfig(NoiseSpaced(10), Blend(.15))}
 
+# %% ../nbs/33_ablations.ipynb #8d268697
 def with_settings(
     config,     # SpectrumConfig whose forecaster is a Blend with a Chebyshev part
     **changes,  # of the settings of its schedule, of its Chebyshev part (degree, lam), or of its share (blend)
@@ -45,6 +46,7 @@ def with_settings(
     schedule = replace(config.schedule, **{k: v for k, v in changes.items() if k not in own})
     return replace(config, schedule=schedule, forecaster=replace(blend, w=w, first=chebyshev))
 
+# %% ../nbs/33_ablations.ipynb #4be7e742
 def with_passes(
     config,       # SpectrumConfig whose schedule is Growing, or has n_passes
     n_passes:int, # wanted
@@ -67,10 +69,13 @@ def axis_times(
     if axis == 'step': return rescaled_time(np.arange(n), n)
     if axis not in ('sigma', 'log-snr'): raise ValueError(f"no axis {axis!r}; choose 'step', 'sigma' or 'log-snr'")
     share = noise_shares(sigmas)[:n]
-    if axis == 'log-snr': share = np.append(min(share[0], (1 + share[1])/2), share[1:]); t = 2*np.log((1 - share)/share)
+    if axis == 'log-snr':
+        share = np.append(min(share[0], (1 + share[1])/2), share[1:])
+        t = 2*np.log((1 - share)/share)
     else: t = -share
     return 2*(t - t[0])/(t[-1] - t[0]) - 1
 
+# %% ../nbs/33_ablations.ipynb #d99ea800
 def axis_plan(
     config,   # SpectrumConfig whose forecaster is a Blend of Chebyshev and a line
     sigmas,   # [n + 1] noise levels of the sampler
@@ -103,8 +108,10 @@ def rounded_plan(
     return plan_from(config.passes(n_steps, sigmas), n_steps, forecaster, f'Spectrum in {str(dtype)[6:]}')
 
 # %% ../nbs/33_ablations.ipynb #84c57fb8
-EMBEDDERS = ('x_embedder', 'pos_embed', 'patch_embedding', 'conv_in')      # what makes a sample into tokens or channels: the first of these that a denoiser has
+# what makes a sample into tokens or channels: the first of these that a denoiser has
+EMBEDDERS = ('x_embedder', 'pos_embed', 'patch_embedding', 'conv_in')
 
+# %% ../nbs/33_ablations.ipynb #3d63353f
 @contextmanager
 def forecasting_residual(
     pipe,  # pipeline with one denoiser, to which `apply_spectrum(pipe, plan)` is applied
@@ -113,9 +120,11 @@ def forecasting_residual(
     "While this lasts, forecasts are those of what the blocks add to the embedding"
     denoiser, = find_denoisers(pipe).values()
     embedder = next((getattr(denoiser, n) for n in EMBEDDERS if hasattr(denoiser, n)), None)
-    if embedder is None: raise ValueError(f'{type(denoiser).__name__} has none of {EMBEDDERS}, so what its blocks add to is not known')
+    if embedder is None:
+        raise ValueError(f'{type(denoiser).__name__} has none of {EMBEDDERS}, so what its blocks add to is not known')
     embedded, step = {}, lambda: pipe.scheduler.step_index or 0
-    def note(module, args, e): embedded[step()] = e.flatten(2).mT if e.ndim == 5 else e        # a video's patches, as tokens
+    def note(module, args, e):
+        embedded[step()] = e.flatten(2).mT if e.ndim == 5 else e        # a video's patches, as tokens
     def correct(h):
         i = step()
         if plan.is_pass[i]: return h
@@ -138,8 +147,11 @@ class Variant:
     guidance:float=None  # another guidance than the preset's
     scheduler:str='own'  # 'own' or 'other'
 
-FACTORS = ('degree', 'lam', 'blend', 'alpha', 'window', 'warmup', 'places', 'power', 'last', 'axis', 'feature', 'design', 'steps', 'guidance', 'scheduler', 'rival')
+# %% ../nbs/33_ablations.ipynb #501b466e
+FACTORS = ('degree', 'lam', 'blend', 'alpha', 'window', 'warmup', 'places', 'power', 'last', 'axis', 'feature',
+           'design', 'steps', 'guidance', 'scheduler', 'rival')
 
+# %% ../nbs/33_ablations.ipynb #03449291
 def variants(
     sigmas,            # [51] noise levels of the own scheduler
     factors=FACTORS,   # those that are wanted
@@ -166,15 +178,24 @@ def variants(
             places=[(p, SpectrumConfig(schedule, own)) for p, schedule in elsewhere.items()] if window else [],
             power=[] if window else [(q, change(power=q)) for q in (0., .25, .75, 1.)],
             last=[(x, same(last=x)) for x in (0, 1, 2) if x != config.schedule.last])
-        out += [Variant('base', '', base, config)] + [Variant(f, value, base, plan) for f, changed in plans.items() if f in factors for value, plan in changed]
+        out += [Variant('base', '', base, config)] + [
+            Variant(f, value, base, plan) for f, changed in plans.items() if f in factors for value, plan in changed
+        ]
         if base == 'paper 10, w = 1': continue
-        if 'feature' in factors: out += [Variant('feature', 'output', base, config, 'output'), Variant('feature', 'residual', base, make_plan(config, n, sigmas), 'residual')]
-        if 'steps' in factors: out += [Variant('steps', s, base, with_passes(config, round(k*s/n), s), n_steps=s) for s in (20, 28, 100)]
+        if 'feature' in factors:
+            out += [
+                Variant('feature', 'output', base, config, 'output'),
+                Variant('feature', 'residual', base, make_plan(config, n, sigmas), 'residual')
+            ]
+        if 'steps' in factors:
+            out += [Variant('steps', s, base, with_passes(config, round(k*s/n), s), n_steps=s) for s in (20, 28, 100)]
         if 'guidance' in factors: out += [Variant('guidance', g, base, config, guidance=g) for g in (1., 1.5, 5.)]
         if 'scheduler' in factors: out += [Variant('scheduler', 'other', base, config, scheduler='other')]
-        if 'rival' in factors: out += [Variant('rival', s, base, None, n_steps=k, scheduler=s) for s in ('own', 'other')]
+        if 'rival' in factors:
+            out += [Variant('rival', s, base, None, n_steps=k, scheduler=s) for s in ('own', 'other')]
     return out
 
+# %% ../nbs/33_ablations.ipynb #dc81de52
 def other_scheduler(
     scheduler,  # a pipeline's own
 ):              # the second-order rival, or, where the own is of second order, Euler for the same flow
@@ -182,6 +203,7 @@ def other_scheduler(
     second = second_order(scheduler)
     return FlowMatchEulerDiscreteScheduler(shift=scheduler.config.flow_shift) if second is scheduler else second
 
+# %% ../nbs/33_ablations.ipynb #5cea5c20
 def ablations_bench(
     model:str,        # preset of a tiny model
     n_prompts:int=16, # held-out captions, a seed each, in one batch
@@ -190,7 +212,8 @@ def ablations_bench(
     bases=tuple(BASES), # likewise
 ):                    # list of rows: factor, value, base, n_steps, passes, PSNR and its spread, gain over the base and its standard error
     "Every variant on one model: quality against the full run of the same settings"
-    pipe = load_pipeline(model, device); pipe.set_progress_bar_config(disable=True)
+    pipe = load_pipeline(model, device)
+    pipe.set_progress_bar_config(disable=True)
     call, own, full, base, rows = call_defaults(pipe, model), pipe.scheduler, {}, {}, []
     schedulers = dict(own=own, other=other_scheduler(own))
     captions, seeds = held_captions(call, n_prompts), range(6000, 6000 + n_prompts)
@@ -198,9 +221,13 @@ def ablations_bench(
         "Samples and passes of one run"
         pipe.scheduler = schedulers[scheduler]
         with ExitStack() as stack:
-            run = stack.enter_context(apply_spectrum(pipe, config, feature='output' if feature == 'output' else 'hidden', measure=False)) if config else None
+            run = stack.enter_context(
+                apply_spectrum(pipe, config, feature='output' if feature == 'output' else 'hidden',
+                               measure=False)) if config else None
             if feature == 'residual': stack.enter_context(forecasting_residual(pipe, config))
-            samples = pipe(prompt=captions, num_inference_steps=n_steps, generator=[torch.Generator().manual_seed(s) for s in seeds], output_type='np', **call | ({} if guidance is None else dict(guidance_scale=guidance)))[0]
+            samples = pipe(prompt=captions, num_inference_steps=n_steps,
+                           generator=[torch.Generator().manual_seed(s) for s in seeds], output_type='np',
+                           **call | ({} if guidance is None else dict(guidance_scale=guidance)))[0]
         return samples, len(next(iter(passes_of(run.stats).values()))) if run else n_steps
     full[50, None, 'own'] = draw(50, None, 'own')[0]
     for v in tqdm(variants(levels_of(own), factors, bases), desc=model):
@@ -209,7 +236,11 @@ def ablations_bench(
         samples, passes = draw(v.n_steps, v.guidance, v.scheduler, v.config, v.feature)
         db = np.array([fidelity(a, b)['psnr'] for a, b in zip(samples, full[setting])])
         if v.factor == 'base': base[v.base] = db
-        gain, value = db - base[v.base], type(schedulers[v.scheduler]).__name__ if v.factor in ('scheduler', 'rival') else v.value
-        scores = {k: round(float(x), 4) for k, x in (quality(samples, full[setting]) | dict(gain=gain.mean(), gain_error=gain.std()/n_prompts**.5)).items()}
+        gain, value = db - base[v.base], type(schedulers[v.scheduler]).__name__ if v.factor in ('scheduler',
+                                                                                                'rival') else v.value
+        scores = {
+            k: round(float(x), 4) for k, x in (quality(samples, full[setting])
+                                               | dict(gain=gain.mean(), gain_error=gain.std()/n_prompts**.5)).items()
+        }
         rows.append(dict(factor=v.factor, value=value, base=v.base, n_steps=v.n_steps, passes=passes) | scores)
     return rows

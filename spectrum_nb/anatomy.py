@@ -17,14 +17,19 @@ from torch import nn
 @dataclass(frozen=True)
 class Anatomy:
     "Where a denoiser keeps its blocks and its head"
-    body:tuple  # names of what is skipped at a forecast: lists of blocks, or single modules, which are passed through; dotted where they lie deeper
-    head:str    # name of the first module after the body, called once; its first argument is the feature. A tuple of names where there are several, of which some may be absent
+    # names of what is skipped at a forecast: lists of blocks, or single modules, which are passed through; dotted where they lie deeper
+    body:tuple
+    # name of the first module after the body, called once; its first argument is the feature. A tuple of names where there are several, of which some may be absent
+    head:str
 
     @property
     def heads(self): return (self.head,) if isinstance(self.head, str) else tuple(self.head)
 
+# %% ../nbs/07_anatomy.ipynb #35ca7ea6
 BODIES = ('transformer_blocks', 'single_transformer_blocks', 'blocks', 'down_blocks', 'mid_block', 'up_blocks')
 HEADS = ('norm_out', 'norm_final', 'conv_norm_out')
+
+# %% ../nbs/07_anatomy.ipynb #b067d858
 ANATOMIES = {   # class: (body, head), where its names are not the conventional ones
     'AceStepTransformer1DModel':          (('layers',), 'norm_out'),
     'AuraFlowTransformer2DModel':         (('joint_transformer_blocks', 'single_transformer_blocks'), 'norm_out'),
@@ -65,9 +70,12 @@ ANATOMIES = {   # class: (body, head), where its names are not the conventional 
     'WanVACETransformer3DModel':          (('vace_blocks', 'blocks'), 'norm_out'),
     'ZImageTransformer2DModel':           (('noise_refiner', 'context_refiner', 'layers'), 'all_final_layer.2-1'),
 }
+
+# %% ../nbs/07_anatomy.ipynb #49acaa1d
 PAIRED = ('UNetControlNetXSModel',)    # a net and its control, whose blocks hand on two streams
 BEYOND_HEAD = ('SkipUpBlock2D', 'AttnSkipUpBlock2D')    # blocks that hand a second tensor to what follows the head
 
+# %% ../nbs/07_anatomy.ipynb #515156a9
 def find_anatomy(
     denoiser,  # nn.Module
 ):             # Anatomy
@@ -88,6 +96,7 @@ def find_anatomy(
                      f"anatomy=Anatomy(body=(lists of blocks,), head=module after them) with names among "
                      f"{[n for n, _ in denoiser.named_children()]}, or feature='output', which needs none")
 
+# %% ../nbs/07_anatomy.ipynb #141f4175
 def check_anatomy(denoiser, anatomy):
     "Raise a `ValueError` if `anatomy` names something that `denoiser` does not have"
     known = dict(denoiser.named_modules())
@@ -110,13 +119,16 @@ def blocks_of(
 class Skipped(nn.ModuleList):
     "The same blocks, seen by `len` and by index, since some models look at their first block; but a loop over them does not run, except over lists of blocks within, which are skipped likewise"
     def __init__(self, blocks):
-        super().__init__(); self._modules = getattr(blocks, '_modules', {})      # of a slice, nothing
+        super().__init__()
+        self._modules = getattr(blocks, '_modules', {})      # of a slice, nothing
     def __iter__(self): return iter([Skipped(b) for b in self._modules.values() if isinstance(b, nn.ModuleList)])
 
+# %% ../nbs/07_anatomy.ipynb #a2dc294f
 class PassedThrough(nn.Module):
     "Stands where a single module was, and returns its first argument"
     def forward(self, *args, **kwargs): return args[0] if args else next(iter(kwargs.values()))
 
+# %% ../nbs/07_anatomy.ipynb #6922a329
 @contextmanager
 def without(
     module,  # nn.Module
@@ -137,6 +149,7 @@ def without(
     finally:
         for (owner, last), m in zip(places, kept): owner._modules[last] = m
 
+# %% ../nbs/07_anatomy.ipynb #291ca7b6
 @contextmanager
 def head_hook(
     head,    # nn.Module
@@ -167,8 +180,11 @@ def count_calls(
 class CountingBlock(nn.Module):
     "Adds the time, and counts how often it ran"
     runs = 0
-    def forward(self, x, t): self.runs += 1; return x + t
+    def forward(self, x, t):
+        self.runs += 1
+        return x + t
 
+# %% ../nbs/07_anatomy.ipynb #97fecde6
 class ToyDenoiser(nn.Module):
     "A denoiser whose answer can be computed in the head, for tests: 2·(x + n_blocks·t)"
     def __init__(self,

@@ -35,29 +35,36 @@ def provenance(device='cpu'):
     "Where and with what a number was measured"
     n = torch.get_num_threads()
     chip = torch.cuda.get_device_name() if str(device).startswith('cuda') else f'CPU, {n} thread{"s"*(n > 1)}'
-    return dict(device=chip, python=platform.python_version(), torch=torch.__version__, diffusers=diffusers.__version__, date=time.strftime('%Y-%m-%d'))
+    return dict(device=chip, python=platform.python_version(), torch=torch.__version__, diffusers=diffusers.__version__,
+                date=time.strftime('%Y-%m-%d'))
 
+# %% ../nbs/24_bench.ipynb #bba54d59
 def finite(obj):
     "`obj` with null for every number that JSON cannot hold"
     if isinstance(obj, dict): return {k: finite(v) for k, v in obj.items()}
     if isinstance(obj, (list, tuple)): return [finite(v) for v in obj]
     return None if isinstance(obj, float) and not math.isfinite(obj) else obj
 
+# %% ../nbs/24_bench.ipynb #cfcfe2d7
 def save_json(obj, path):
     "Write JSON whole or not at all"
-    with whole_file(path) as part: part.write_text(json.dumps(finite(obj), indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    with whole_file(path) as part:
+        part.write_text(json.dumps(finite(obj), indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
     return Path(path)
 
+# %% ../nbs/24_bench.ipynb #c09d7b69
 def now():
     "Seconds on the clock, when every GPU kernel asked for so far has run"
     if torch.cuda.is_available(): torch.cuda.synchronize()
     return time.perf_counter()
 
+# %% ../nbs/24_bench.ipynb #73f3743e
 def timed(f, repeats):
     "Median seconds of `f()` after one call that does not count"
     seconds = []
     for _ in range(repeats + 1):
-        start = now(); f()
+        start = now()
+        f()
         seconds.append(now() - start)
     return float(np.median(seconds[1:]))
 
@@ -76,23 +83,30 @@ def textbook_forecast(
     row = torch.as_tensor(chebvander([float(tau_next)], degree)[0], dtype=torch.float32, device=H.device)
     return (row @ C).to(features[0].dtype).view_as(features[0])
 
+# %% ../nbs/24_bench.ipynb #d8622b4c
 def forecast_case(kind, n_features, dtype, device, repeats):
     "Seconds of one way to forecast at step 49, and its peak memory over the history's own; run in a process of its own"
     plan = make_plan(SpectrumConfig.paper(blend=1), 50)
     run, small = Run(plan, '', None, measure=False), Run(plan, '', None, measure=False)
     torch.manual_seed(0)
     feature = torch.empty(n_features, dtype=dtype, device=device)
-    for p in plan.passes: run.keep(p, [feature.normal_()]); small.keep(p, [feature[:4096]])
+    for p in plan.passes:
+        run.keep(p, [feature.normal_()])
+        small.keep(p, [feature[:4096]])
     H, tau, tau_next = run.histories[0].buffer, rescaled_time(plan.passes, 50), rescaled_time(49, 50)
-    f = dict(ours=lambda: run.forecast(49), textbook=lambda: textbook_forecast(list(H), tau, tau_next), read=lambda: H.view(torch.int64).sum())[kind]
-    small.forecast(49); textbook_forecast([h[:64] for h in H], tau, tau_next)           # load the libraries first
-    peak = torch.cuda.max_memory_allocated if str(device).startswith('cuda') else lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
+    f = dict(ours=lambda: run.forecast(49), textbook=lambda: textbook_forecast(list(H), tau, tau_next),
+             read=lambda: H.view(torch.int64).sum())[kind]
+    small.forecast(49)
+    textbook_forecast([h[:64] for h in H], tau, tau_next)           # load the libraries first
+    peak = torch.cuda.max_memory_allocated if str(device).startswith('cuda') else lambda: resource.getrusage(
+        resource.RUSAGE_SELF).ru_maxrss*1024
     before = peak()
     seconds = timed(f, repeats)
     return dict(seconds=seconds, peak=1 + (peak() - before)/H.nbytes)
 
 def _in_process(queue, *args): queue.put(forecast_case(*args))
 
+# %% ../nbs/24_bench.ipynb #3ae8d46b
 def alone(*args):
     "`forecast_case` in a fresh process, so that its peak memory is its own"
     context = multiprocessing.get_context('spawn')
@@ -102,8 +116,11 @@ def alone(*args):
     while True:
         try: return queue.get(timeout=1)
         except Empty:
-            if worker.exitcode: raise RuntimeError(f'measuring {args[0]!r} ended with exit code {worker.exitcode}; was there enough memory?')
+            if worker.exitcode:
+                raise RuntimeError(
+                    f'measuring {args[0]!r} ended with exit code {worker.exitcode}; was there enough memory?')
 
+# %% ../nbs/24_bench.ipynb #bf23367a
 def forecast_bench(
     tokens:int=4096,   # tokens of a feature
     width:int=3072,    # channels
@@ -112,11 +129,19 @@ def forecast_bench(
     repeats:int=7,     # timed calls, of which the median counts
 ):                     # dict: rows, speed-up, ratio to reading, provenance
     "Time and peak memory of a forecast at the last step of a 14-pass run: ours, the textbook's, and reading the history"
-    cases = {k: alone(k, tokens*width, dtype, device, repeats) for k in tqdm(('ours', 'textbook', 'read'), desc='forecast')}
+    cases = {
+        k: alone(k, tokens*width, dtype, device, repeats) for k in tqdm(('ours', 'textbook', 'read'), desc='forecast')
+    }
     names = dict(ours='weighted sum', textbook='textbook', read='read history')
-    rows = [dict(name=names[k], ms=round(1e3*c['seconds'], 2), peak_over_history=round(c['peak'], 2)) for k, c in cases.items()]
-    return dict(rows=rows, speedup=cases['textbook']['seconds']/cases['ours']['seconds'], over_read=cases['ours']['seconds']/cases['read']['seconds'],
-                provenance=dict(feature=f'{tokens}×{width} {str(dtype)[6:]}', passes=14, command='spectrum-nb bench --what forecast --out forecast_cost.json') | provenance(device))
+    rows = [
+        dict(name=names[k], ms=round(1e3*c['seconds'], 2), peak_over_history=round(c['peak'], 2))
+        for k, c in cases.items()
+    ]
+    return dict(
+        rows=rows, speedup=cases['textbook']['seconds']/cases['ours']['seconds'],
+        over_read=cases['ours']['seconds']/cases['read']['seconds'],
+        provenance=dict(feature=f'{tokens}×{width} {str(dtype)[6:]}', passes=14,
+                        command='spectrum-nb bench --what forecast --out forecast_cost.json') | provenance(device))
 
 # %% ../nbs/24_bench.ipynb #319048ac
 def step_seconds(
@@ -131,7 +156,11 @@ def step_seconds(
     **applied,   # further arguments of `apply_spectrum`
 ):               # (seconds of each step [n_steps], from the denoiser's first call on; passes of a context; samples)
     "Time the denoising loop of one call step by step: prompts are embedded before the clock starts, samples decoded after it stops"
-    if 'callback_on_step_end' not in inspect.signature(pipe.__call__).parameters: raise ValueError(f'{type(pipe).__name__} cannot be timed: its call takes no callback_on_step_end, so its loop cannot be told from what follows')
+    if 'callback_on_step_end' not in inspect.signature(pipe.__call__).parameters:
+        raise ValueError(
+            f'{type(pipe).__name__} cannot be timed: its call takes no callback_on_step_end, so its loop cannot be '
+            f'told from what follows'
+        )
     starts, ends = [], []
     def at_step(pipe, i, t, kwargs):
         ends.append(now())
@@ -143,11 +172,14 @@ def step_seconds(
     watch = [d.register_forward_pre_hook(begin) for d in find_denoisers(pipe).values()]
     try:
         with apply_spectrum(pipe, config, **applied) if config else nullcontext() as run:
-            out = pipe(prompt=list(prompts), num_inference_steps=n_steps, generator=[torch.Generator().manual_seed(int(s)) for s in seeds], output_type=output_type, callback_on_step_end=at_step, **call)
+            out = pipe(prompt=list(prompts), num_inference_steps=n_steps,
+                       generator=[torch.Generator().manual_seed(int(s)) for s in seeds], output_type=output_type,
+                       callback_on_step_end=at_step, **call)
     finally: [w.remove() for w in watch]
     passes = len(next(iter(passes_of(run.stats).values()))) if run else n_steps
     return np.subtract(ends, starts[:-1]), passes, out[0]
 
+# %% ../nbs/24_bench.ipynb #c3e5a684
 def take_turns(
     jobs,  # functions of `next_turn`, which they call where another may go on
 ):         # list of their results
@@ -156,15 +188,23 @@ def take_turns(
     def work(me):
         def awake(): return queue[0] == me
         def next_turn():
-            with change: queue.rotate(-1); change.notify_all(); change.wait_for(awake)
-            time.sleep(.005)                # until the idle arithmetic threads of the one before have stopped waiting for more
+            with change:
+                queue.rotate(-1)
+                change.notify_all()
+                change.wait_for(awake)
+            # until the idle arithmetic threads of the one before have stopped waiting for more
+            time.sleep(.005)
         try:
             with change: change.wait_for(awake)
             return jobs[me](next_turn)
         finally:
-            with change: queue.remove(me); change.notify_all()
-    with ThreadPoolExecutor(len(jobs)) as pool: return [f.result() for f in [pool.submit(work, i) for i in range(len(jobs))]]
+            with change:
+                queue.remove(me)
+                change.notify_all()
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        return [f.result() for f in [pool.submit(work, i) for i in range(len(jobs))]]
 
+# %% ../nbs/24_bench.ipynb #485b9657
 def loop_bench(
     load,            # function without arguments that returns a pipeline: every run has its own
     prompts,         # one batch
@@ -182,8 +222,13 @@ def loop_bench(
         began = now()
         def tick():
             nonlocal began
-            if now() - began >= turn: next_turn(); began = now()
-        runs = [step_seconds(pipe, prompts, range(len(prompts)), call, n_steps, config, tick, output_type='latent') for _ in range(n)]
+            if now() - began >= turn:
+                next_turn()
+                began = now()
+        runs = [
+            step_seconds(pipe, prompts, range(len(prompts)), call, n_steps, config, tick, output_type='latent')
+            for _ in range(n)
+        ]
         return [steps.sum() for steps, *_ in runs], runs[0][1]
     jobs = [partial(job, *of) for of in zip(pipes, configs.values(), repeats)]
     for pipe in pipes: step_seconds(pipe, prompts, range(len(prompts)), call, 3, output_type='latent')
@@ -193,13 +238,18 @@ def loop_bench(
     for name, (_, passes), own in zip(configs, results[0], seconds.T):
         low, speedup, high = np.quantile(seconds[:, 0]/own, (.25, .5, .75))
         efficiency = [round(float(s*passes/n_steps), 3) for s in (low, speedup, high)]
-        rows.append(dict(run=name, passes=passes, seconds=round(float(np.median(own)), 3), speedup=round(float(speedup), 2), efficiency=efficiency[1], quartiles=f'{efficiency[0]} {efficiency[2]}'))
+        rows.append(
+            dict(run=name, passes=passes, seconds=round(float(np.median(own)), 3), speedup=round(float(speedup), 2),
+                 efficiency=efficiency[1], quartiles=f'{efficiency[0]} {efficiency[2]}'))
     return rows
 
 # %% ../nbs/24_bench.ipynb #419a387e
 CLIP = dict(height=128, width=128, num_frames=33)
-LOOPS = (('tiny-flux', 1, {}), ('tiny-flux', 2, dict(height=256, width=256)), ('tiny-sd3', 32, {}), ('tiny-sdxl', 1, dict(height=320, width=320)), ('tiny-hunyuan', 1, CLIP), ('tiny-wan', 1, CLIP))   # model, batch, size
+# model, batch, size
+LOOPS = (('tiny-flux', 1, {}), ('tiny-flux', 2, dict(height=256, width=256)), ('tiny-sd3', 32, {}),
+         ('tiny-sdxl', 1, dict(height=320, width=320)), ('tiny-hunyuan', 1, CLIP), ('tiny-wan', 1, CLIP))
 
+# %% ../nbs/24_bench.ipynb #dcb9c9b2
 def loops_bench(
     rounds:int=7,  # rounds of each loop
     device='cpu',
@@ -208,12 +258,14 @@ def loops_bench(
     rows, split = [], {}
     for model, batch, size in LOOPS:
         def load():
-            pipe = load_pipeline(model, device); pipe.set_progress_bar_config(disable=True)
+            pipe = load_pipeline(model, device)
+            pipe.set_progress_bar_config(disable=True)
             return pipe
         pipe = load()
         call = call_defaults(pipe, model) | size
         prompts = held_captions(call, batch)
-        what = dict(model=model, batch=batch, size='×'.join(str(call[k]) for k in ('num_frames', 'height', 'width') if k in call))
+        what = dict(model=model, batch=batch,
+                    size='×'.join(str(call[k]) for k in ('num_frames', 'height', 'width') if k in call))
         rows += [what | row for row in loop_bench(load, prompts, call, rounds=rounds)]
         if model == 'tiny-flux': split[str(batch)] = step_split(pipe, prompts, call)
     return dict(rows=rows, split=split)
@@ -229,20 +281,27 @@ def step_split(
     denoiser, = find_denoisers(pipe).values()
     anatomy, plan, seen, starts, ends = find_anatomy(denoiser), make_plan(SpectrumConfig.paper(), 50), {}, [], []
     run = lambda *args: step_seconds(pipe, prompts, range(len(prompts)), call, *args, output_type='latent')
-    watch = [denoiser.register_forward_pre_hook(lambda m, args, kwargs: seen.update(call=(args, kwargs)), with_kwargs=True),
-             getattr(denoiser, anatomy.head).register_forward_pre_hook(lambda m, args: seen.update(feature=args[0]))]
+    watch = [
+        denoiser.register_forward_pre_hook(lambda m, args, kwargs: seen.update(call=(args, kwargs)), with_kwargs=True),
+        getattr(denoiser, anatomy.head).register_forward_pre_hook(lambda m, args: seen.update(feature=args[0]))
+    ]
     try: run(2)
     finally: [w.remove() for w in watch]
     args, kwargs = seen['call']
     with torch.no_grad():
         with without(denoiser, anatomy.body): shell = timed(lambda: denoiser(*args, **kwargs), repeats)
-        buffer = torch.randn(len(plan.passes), *seen['feature'].shape, dtype=seen['feature'].dtype, device=seen['feature'].device)
+        buffer = torch.randn(len(plan.passes), *seen['feature'].shape, dtype=seen['feature'].dtype,
+                             device=seen['feature'].device)
         weigh = timed(lambda: weighted_sum(buffer, plan.weights[-1, plan.passes]), repeats)
-    watch = [denoiser.register_forward_pre_hook(lambda *_: starts.append(now())), denoiser.register_forward_hook(lambda *_: ends.append(now()))]
+    watch = [
+        denoiser.register_forward_pre_hook(lambda *_: starts.append(now())),
+        denoiser.register_forward_hook(lambda *_: ends.append(now()))
+    ]
     try: loop, *_ = run(plan.n_steps, plan)
     finally: [w.remove() for w in watch]
     inside = np.subtract(ends, starts)
-    parts = dict(full_pass=np.median(inside[plan.is_pass]), forecast_step=np.median(inside[~plan.is_pass]), embeddings_and_head=shell, weighted_sum=weigh)
+    parts = dict(full_pass=np.median(inside[plan.is_pass]), forecast_step=np.median(inside[~plan.is_pass]),
+                 embeddings_and_head=shell, weighted_sum=weigh)
     parts['hook'] = parts['forecast_step'] - shell - weigh
     parts['scheduler_and_pipeline'] = (loop.sum() - inside.sum())/plan.n_steps
     return {k: round(1e3*float(v), 3) for k, v in parts.items()}

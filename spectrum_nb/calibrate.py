@@ -44,9 +44,11 @@ PLACES = (       # how places for the passes are found:
     'loop',      # by that of the outputs, with the gains that the plan's own loop leaves: see `loop_gains`
     'noise',     # not at all: those of `NoiseSpaced`
     'quantiles') # likewise: those of `NoiseQuantiles`, the default's
-MAX_L1 = 30.       # weights of one forecast whose absolute values sum to more are warned of: rounding and errors are multiplied by that
+# weights of one forecast whose absolute values sum to more are warned of: rounding and errors are multiplied by that
+MAX_L1 = 30.
 SHRINKAGE = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 
+# %% ../nbs/28_calibrate.ipynb #4d6663ec
 def gram_weights(
     gram,         # [n, n] inner products of the features
     known,        # steps of the K passes so far
@@ -56,8 +58,10 @@ def gram_weights(
     "The linear forecast of least mean square error"
     known, steps = list(known), list(steps)
     power = np.trace(gram)/len(gram)
-    return np.linalg.solve(gram[np.ix_(known, known)] + shrinkage*power*np.eye(len(known)), gram[np.ix_(known, steps)]).T
+    return np.linalg.solve(gram[np.ix_(known, known)] + shrinkage*power*np.eye(len(known)), gram[np.ix_(known,
+                                                                                                        steps)]).T
 
+# %% ../nbs/28_calibrate.ipynb #1119d937
 @dataclass(frozen=True, eq=False)
 class Gram:
     "The forecaster of least mean square error for features whose inner products are known"
@@ -84,6 +88,7 @@ class Gram:
 
     def __repr__(self): return f'Gram({len(self.gram)} steps, shrinkage={self.shrinkage:g})'
 
+# %% ../nbs/28_calibrate.ipynb #338ffd69
 def choose_shrinkage(
     hidden,          # {context: [P, n, n]} Gram matrices of the features, one a prompt
     budgets=(8, 14), # numbers of passes, evenly spaced, for which it is to be good
@@ -101,7 +106,6 @@ def choose_shrinkage(
         scores[eps] += np.einsum('ri,ij,rj->', E, gram, E)
     return max(eps for eps, s in scores.items() if s <= slack**2*min(scores.values()))
 
-
 # %% ../nbs/28_calibrate.ipynb #c8cf763a
 def typical(
     forecaster,  # called with (known, steps, n_steps)
@@ -110,23 +114,23 @@ def typical(
     if not hasattr(forecaster, 'slopes'): return forecaster
     return lambda *where: forecaster(*where) + .5*forecaster.slopes(*where)
 
+# %% ../nbs/28_calibrate.ipynb #83093798
 def typical_weights(
     plan,  # Plan
 ):         # [n, n]
     "The same of a plan"
     return plan.weights + .5*plan.slopes
 
-
 # %% ../nbs/28_calibrate.ipynb #6bdb3842
 BAND = (1., 1.25, 1.5)     # factors c of the measured answers
 
+# %% ../nbs/28_calibrate.ipynb #0d478998
 def answers_of(
     gains,  # [n] g, what the full run leaves in the end of an error of each step
 ):          # [n] z, what part of an error that stands before it each step takes away
     "How strongly the full run answers; 0 for the first step, before which there is no error"
     gains = np.asarray(gains, dtype=np.float64)
     return np.concatenate([[0.], 1 - gains[:-1]/gains[1:]])
-
 
 # %% ../nbs/28_calibrate.ipynb #0d37974d
 def loop_gains(
@@ -202,10 +206,11 @@ class RunError:
 
 # %% ../nbs/28_calibrate.ipynb #eb03030c
 Trial = namedtuple('Trial', 'n_passes forecaster places passes predicted measured')
-Steps = namedtuple('Steps', 'n_passes sampler measured')     # plain steps instead of a plan: as many as a plan has passes
-
+# plain steps instead of a plan: as many as a plan has passes
+Steps = namedtuple('Steps', 'n_passes sampler measured')
 UNSEARCHED = dict(noise=NoiseSpaced(), quantiles=NoiseQuantiles())     # schedules whose passes are taken as they are
 
+# %% ../nbs/28_calibrate.ipynb #e859ec85
 @dataclass(frozen=True, eq=False)
 class Calibration:
     "What full runs of a few prompts say about plans for one model, sampler and number of steps"
@@ -241,7 +246,8 @@ class Calibration:
     @cached_property
     def bias(self):
         "Measured over foretold error, geometric mean over the trials; 1 without any"
-        ratios = [t.measured/t.predicted for t in self.trials if t.predicted > 0]       # of all steps nothing is foretold
+        # of all steps nothing is foretold
+        ratios = [t.measured/t.predicted for t in self.trials if t.predicted > 0]
         return float(gmean(ratios)) if ratios else 1.
 
     @property
@@ -259,7 +265,8 @@ class Calibration:
         return steps if steps and tried and steps.measured < min(tried) else None
 
     @cached_property
-    def _errors(self): return {}       # a RunError for each rule and judge: searches for other budgets look at the same gaps
+    def _errors(self):
+        return {}       # a RunError for each rule and judge: searches for other budgets look at the same gaps
 
     def predicted_error(self,
         plan,            # Plan, or a list of passes of a forecaster
@@ -269,10 +276,12 @@ class Calibration:
     ):                   # ‖Δ‖ / ‖x_n‖ foretold
         "The relative error of the last sample that a plan will make, cancellation between gaps not counted on"
         if not isinstance(plan, Plan): plan = plan_from(plan, self.n_steps, self.forecaster(forecaster))
-        if plan.n_steps != self.n_steps: raise ValueError(f'the plan is for {plan.n_steps} steps, the calibration for {self.n_steps}')
+        if plan.n_steps != self.n_steps:
+            raise ValueError(f'the plan is for {plan.n_steps} steps, the calibration for {self.n_steps}')
         weights = typical_weights(plan)
         rows = lambda known, steps, n_steps: weights[np.ix_(steps, known)]
-        error = RunError(rows, self.response, self.gains, self.gram['output'], self.moves if loop else None)(tuple(plan.passes))
+        error = RunError(rows, self.response, self.gains, self.gram['output'],
+                         self.moves if loop else None)(tuple(plan.passes))
         return (self.bias if corrected else 1.)*math.sqrt(error)
 
     def _passes(self, n_passes, forecaster, places='output', feature='hidden', must=(0,)):
@@ -301,7 +310,8 @@ class Calibration:
         must=(0,),           # passes wanted in any case
     ):                       # Plan
         "The best plan for a budget; a warning if its weights are so large that errors are blown up"
-        if sum(x is not None for x in (n_passes, speedup, max_error)) != 1: raise ValueError('say one of n_passes, speedup and max_error')
+        if sum(x is not None for x in (n_passes, speedup, max_error)) != 1:
+            raise ValueError('say one of n_passes, speedup and max_error')
         words = dict(forecaster=(*FORECASTERS, 'gram', 'best'), feature=('hidden', 'output'), places=(None, *PLACES))
         for name, value in dict(forecaster=forecaster, feature=feature, places=places).items():
             if name == 'forecaster' and not isinstance(value, str): check_forecaster(name, value)
@@ -310,23 +320,38 @@ class Calibration:
         if max_error is not None:
             check_number('max_error', max_error, 0, Real)
             for k in range(1, self.n_steps + 1):
-                plan = self.plan(k, forecaster=forecaster, places=places, feature=feature, must=must) if k >= len({0, *must}) else None
+                plan = self.plan(k, forecaster=forecaster, places=places, feature=feature, must=must) if k >= len(
+                    {0, *must}) else None
                 if plan and self.predicted_error(plan) <= max_error: return plan
         if speedup is not None:
             n_passes = passes_for(speedup, self.n_steps)
         check_number('n_passes', n_passes, 1, Integral, self.n_steps)
         nearest = min((t.n_passes for t in self.trials), key=lambda k: abs(k - n_passes), default=None)
-        tried = [t for t in self.trials if t.n_passes == nearest and forecaster in ('best', t.forecaster) and places in (None, t.places)]
-        best = min(tried, key=lambda t: t.measured, default=Trial(0, 'blend' if forecaster == 'best' else forecaster, 'cautious', (), 0, 0))
-        known = best.n_passes == n_passes and feature == 'hidden' and places in (None, best.places) and set(must) <= set(best.passes)
-        if best.places in UNSEARCHED and not places and not known and not {*must} <= {0}: best = best._replace(places='cautious')        # that schedule takes no wishes
-        passes = list(best.passes) if known else self._passes(n_passes, best.forecaster, places or best.places, feature, must)
-        plan = plan_from(passes, self.n_steps, self.forecaster(best.forecaster, feature), f'calibrated, {best.forecaster if isinstance(best.forecaster, str) else "own weights"}')
-        if (largest := np.abs(plan.weights).sum(1).max()) > MAX_L1: warnings.warn(f'weights of one forecast sum to {largest:.0f} in absolute value (more than {MAX_L1:.0f}): errors are blown up that much; use more passes, or forecaster="line"', stacklevel=2)
+        tried = [
+            t for t in self.trials
+            if t.n_passes == nearest and forecaster in ('best', t.forecaster) and places in (None, t.places)
+        ]
+        best = min(tried, key=lambda t: t.measured, default=Trial(0, 'blend' if forecaster == 'best' else forecaster,
+                                                                  'cautious', (), 0, 0))
+        known = best.n_passes == n_passes and feature == 'hidden' and places in (None,
+                                                                                 best.places) and set(must) <= set(
+                                                                                     best.passes)
+        if best.places in UNSEARCHED and not places and not known and not {*must} <= {0}:
+            best = best._replace(places='cautious')        # that schedule takes no wishes
+        passes = list(best.passes) if known else self._passes(n_passes, best.forecaster, places or best.places, feature,
+                                                              must)
+        plan = plan_from(passes, self.n_steps, self.forecaster(best.forecaster, feature),
+                         f'calibrated, {best.forecaster if isinstance(best.forecaster, str) else "own weights"}')
+        if (largest := np.abs(plan.weights).sum(1).max()) > MAX_L1:
+            warnings.warn(
+                f'weights of one forecast sum to {largest:.0f} in absolute value (more than {MAX_L1:.0f}): errors are '
+                f'blown up that much; use more passes, or forecaster="line"',
+                stacklevel=2)
         if steps := self.nearer_steps(len(passes)):
-            warnings.warn(f'{steps.n_passes} {steps.sampler} came nearer to the full run than any plan of as many passes '
-                          f'when this was calibrated ({100*steps.measured:.1f} % off, the plan {100*best.measured:.1f} %): '
-                          'take those instead, or more passes', stacklevel=2)
+            warnings.warn(
+                f'{steps.n_passes} {steps.sampler} came nearer to the full run than any plan of as many passes '
+                f'when this was calibrated ({100*steps.measured:.1f} % off, the plan {100*best.measured:.1f} %): '
+                'take those instead, or more passes', stacklevel=2)
         return plan
 
     def front(self,
@@ -334,7 +359,10 @@ class Calibration:
         forecaster='best',     # see `plan`
     ):                         # {passes: foretold relative error}
         "What each budget costs in error"
-        return {k: self.predicted_error(self.plan(k, forecaster=forecaster)) for k in tqdm(budgets, desc='front', leave=False) if k <= self.n_steps}
+        return {
+            k: self.predicted_error(self.plan(k, forecaster=forecaster))
+            for k in tqdm(budgets, desc='front', leave=False) if k <= self.n_steps
+        }
 
     def subset(self,
         prompts,  # indices of the recorded prompts
@@ -342,7 +370,9 @@ class Calibration:
         "The calibration that these prompts alone would have given, without trials"
         prompts = list(prompts)
         hidden = {c: g[prompts] for c, g in self.hidden.items()}
-        return replace(self, hidden=hidden, output=self.output[prompts], runs=[self.runs[p] for p in prompts] if self.runs else (), trials=(), steps=(), shrinkage=choose_shrinkage(hidden))
+        return replace(self, hidden=hidden, output=self.output[prompts],
+                       runs=[self.runs[p] for p in prompts] if self.runs else (), trials=(), steps=(),
+                       shrinkage=choose_shrinkage(hidden))
 
     def save(self,
         path,  # JSON file
@@ -350,16 +380,20 @@ class Calibration:
         "Write the means over prompts, and what is needed to know what they are of; whole or not at all"
         from spectrum_nb.bench import save_json
         triangle = lambda g: [float(f'{x:.12g}') for x in g.mean(0)[np.tril_indices(self.n_steps)]]
-        return save_json(dict(kind='spectrum_nb calibration', version=3, about=self.about, shrinkage=self.shrinkage, response=self.response.tolist(), gains=self.gains.tolist(), output=triangle(self.output),
-                              hidden={c: triangle(g) for c, g in self.hidden.items()}, trials=[t._asdict() for t in self.trials if isinstance(t.forecaster, str)],
-                              steps=[s._asdict() for s in self.steps]), path)
+        return save_json(
+            dict(kind='spectrum_nb calibration', version=3, about=self.about, shrinkage=self.shrinkage,
+                 response=self.response.tolist(), gains=self.gains.tolist(), output=triangle(self.output),
+                 hidden={c: triangle(g) for c, g in self.hidden.items()},
+                 trials=[t._asdict() for t in self.trials if isinstance(t.forecaster, str)],
+                 steps=[s._asdict() for s in self.steps]), path)
 
     @classmethod
     def load(cls,
         path,  # file that `save` wrote
     ):         # Calibration
         "Read a calibration; a `ValueError` for a file that is none, or damaged"
-        said = read_json(path, kind=str, version=int, about=dict, shrinkage=float, response=list, gains=list, output=list, hidden=dict, trials=list, steps=list | None)
+        said = read_json(path, kind=str, version=int, about=dict, shrinkage=float, response=list, gains=list,
+                         output=list, hidden=dict, trials=list, steps=list | None)
         if said['kind'] != 'spectrum_nb calibration':
             raise ValueError(f'{path} is no calibration but {said["kind"]!r}; make one with spectrum-nb calibrate')
         if said['version'] != 3:
@@ -367,17 +401,31 @@ class Calibration:
                              'in which forecasters have other names; make it anew: spectrum-nb calibrate with the same '
                              'model, prompts and steps (in Python record and try_plans)')
         try:
-            response = np.array(said['response'], dtype=float); n = len(response)
+            response = np.array(said['response'], dtype=float)
+            n = len(response)
             def square(values):
-                g = np.zeros((n, n)); g[np.tril_indices(n)] = np.array(values, dtype=float)
+                g = np.zeros((n, n))
+                g[np.tril_indices(n)] = np.array(values, dtype=float)
                 return (g + np.tril(g, -1).T)[None]
-            made = cls({c: square(g) for c, g in said['hidden'].items()}, square(said['output']), response, np.array(said['gains'], dtype=float), said['about'], tuple(Trial(**t | dict(passes=tuple(t['passes']))) for t in said['trials']), tuple(Steps(**s) for s in said.get('steps') or ()), said['shrinkage'])
-            if not (n and made.hidden and made.gains.shape == (n,) and (made.gains > 0).all() and all(np.isfinite(x).all() for x in (response, made.gains, made.output, *made.hidden.values()))): raise ValueError('numbers are missing or not finite')
-            if not (isinstance(made.about.get('call'), dict) and isinstance(made.about.get('scheduler_config'), dict)): raise ValueError('it does not say of what it is')
-            if not all(t.forecaster in (*FORECASTERS, 'gram') and t.places in PLACES and math.isfinite(t.predicted) and math.isfinite(t.measured) for t in made.trials): raise ValueError('a trial of something unknown')
-            if not all(isinstance(s.n_passes, int) and isinstance(s.sampler, str) and math.isfinite(s.measured) for s in made.steps): raise ValueError('steps of something unknown')
+            made = cls({c: square(g) for c, g in said['hidden'].items()}, square(said['output']), response,
+                       np.array(said['gains'], dtype=float), said['about'],
+                       tuple(Trial(**t | dict(passes=tuple(t['passes']))) for t in said['trials']),
+                       tuple(Steps(**s) for s in said.get('steps') or ()), said['shrinkage'])
+            if not (n and made.hidden and made.gains.shape == (n,) and (made.gains > 0).all()
+                    and all(np.isfinite(x).all() for x in (response, made.gains, made.output, *made.hidden.values()))):
+                raise ValueError('numbers are missing or not finite')
+            if not (isinstance(made.about.get('call'), dict) and isinstance(made.about.get('scheduler_config'), dict)):
+                raise ValueError('it does not say of what it is')
+            if not all(t.forecaster in (*FORECASTERS, 'gram') and t.places in PLACES and math.isfinite(t.predicted)
+                       and math.isfinite(t.measured) for t in made.trials):
+                raise ValueError('a trial of something unknown')
+            if not all(
+                    isinstance(s.n_passes, int) and isinstance(s.sampler, str) and math.isfinite(s.measured)
+                    for s in made.steps):
+                raise ValueError('steps of something unknown')
             [Plan(t.passes, np.eye(n)[[max(p for p in t.passes if p <= i) for i in range(n)]]) for t in made.trials]
-        except (ValueError, TypeError, KeyError) as e: raise ValueError(f'{path} is a damaged calibration ({e}); restore it or calibrate anew') from None
+        except (ValueError, TypeError, KeyError) as e:
+            raise ValueError(f'{path} is a damaged calibration ({e}); restore it or calibrate anew') from None
         return made
 
     def check(self,
@@ -388,15 +436,31 @@ class Calibration:
         "A `ValueError` if the calibration is of another model, scheduler or number of steps; a warning for another size, guidance or precision"
         here = set_up(pipe, n_steps, call or {})
         for key in ('pipeline', 'denoiser', 'scheduler', 'n_steps'):
-            if here[key] != self.about.get(key): raise ValueError(f'the calibration is for {key} {self.about.get(key)!r}, not {here[key]!r}; calibrate this set-up by itself')
+            if here[key] != self.about.get(key):
+                raise ValueError(
+                    f'the calibration is for {key} {self.about.get(key)!r}, not {here[key]!r}; calibrate this set-up '
+                    f'by itself'
+                )
         was, model = self.about.get('denoiser_config', {}), here['denoiser_config']
-        if other := [f'{k} was {was[k]!r}, is {v!r}' for k, v in model.items() if was.get(k, v) != v]: raise ValueError(f'the denoiser is another one than was calibrated ({", ".join(other)}); calibrate this set-up by itself')
-        if other := [k for k, v in here['scheduler_config'].items() if self.about['scheduler_config'].get(k, v) != v]: raise ValueError(f'the scheduler is set otherwise than when it was calibrated ({", ".join(other)}); calibrate this set-up by itself')
-        other = {k: (self.about['call'].get(k), v) for k, v in here['call'].items() if self.about['call'].get(k, v) != v}
+        if other := [f'{k} was {was[k]!r}, is {v!r}' for k, v in model.items() if was.get(k, v) != v]:
+            raise ValueError(
+                f'the denoiser is another one than was calibrated ({", ".join(other)}); calibrate this set-up by itself'
+            )
+        if other := [k for k, v in here['scheduler_config'].items() if self.about['scheduler_config'].get(k, v) != v]:
+            raise ValueError(
+                f'the scheduler is set otherwise than when it was calibrated ({", ".join(other)}); calibrate this '
+                f'set-up by itself'
+            )
+        other = {
+            k: (self.about['call'].get(k), v) for k, v in here['call'].items() if self.about['call'].get(k, v) != v
+        }
         if self.about.get('dtype', here['dtype']) != here['dtype']: other['dtype'] = self.about['dtype'], here['dtype']
         if other:
-            warnings.warn('calibrated with other settings: ' + ', '.join(f'{k}={a!r}, now {b!r}' for k, (a, b) in other.items()) + '; plans are not the best any more, how much worse is measured on the page "calibrated"', stacklevel=2)
+            warnings.warn(
+                'calibrated with other settings: ' + ', '.join(f'{k}={a!r}, now {b!r}' for k, (a, b) in other.items()) +
+                '; plans are not the best any more, how much worse is measured on the page "calibrated"', stacklevel=2)
 
+# %% ../nbs/28_calibrate.ipynb #a98ee0c1
 def set_up(
     pipe,         # pipeline
     n_steps:int,  # steps
@@ -406,7 +470,8 @@ def set_up(
     denoiser, = find_denoisers(pipe).values()
     plain = lambda d: {k: v for k, v in d.items() if isinstance(v, str | int | float | bool) and not k.startswith('_')}
     listed = lambda d: plain({k: str(list(v)) if isinstance(v, list | tuple) else v for k, v in d.items()})
-    return dict(pipeline=type(pipe).__name__, denoiser=type(denoiser).__name__, denoiser_config=listed(getattr(denoiser, 'config', {})), dtype=str(pipe.dtype), scheduler=type(pipe.scheduler).__name__,
+    return dict(pipeline=type(pipe).__name__, denoiser=type(denoiser).__name__, denoiser_config=listed(
+        getattr(denoiser, 'config', {})), dtype=str(pipe.dtype), scheduler=type(pipe.scheduler).__name__,
                 scheduler_config=plain(pipe.scheduler.config), n_steps=n_steps, call=plain(call))
 
 # %% ../nbs/28_calibrate.ipynb #f3a3ff30
@@ -415,6 +480,7 @@ def sample_once(pipe, prompt, seed, n_steps, call):
     return pipe(prompt=prompt, num_inference_steps=n_steps, generator=torch.Generator().manual_seed(int(seed)),
                 output_type='latent', **call)[0]
 
+# %% ../nbs/28_calibrate.ipynb #c45523d9
 def record_one(pipe, prompt, seed, n_steps, call, sketch, n_probes):
     "What one full run tells, and disturbed ones: tensors by name"
     features = {}
@@ -429,7 +495,8 @@ def record_one(pipe, prompt, seed, n_steps, call, sketch, n_probes):
         if len(f) != n_steps:
             raise ValueError(f'context {context!r} has {len(f)} of {n_steps} steps (guidance that begins late or ends '
                              f'early?); such runs cannot be calibrated')
-        g = torch.stack(f); g = g @ g.T
+        g = torch.stack(f)
+        g = g @ g.T
         part[f'hidden/{context}'] = g*n_steps/g.trace()
     if n_probes:
         at, gains = measure_gains(lambda: sample_once(pipe, prompt, seed, n_steps, call), pipe, heard, response,
@@ -437,6 +504,7 @@ def record_one(pipe, prompt, seed, n_steps, call, sketch, n_probes):
         part |= dict(probed=torch.tensor(at), gains=torch.tensor(gains, dtype=torch.float64))
     return part
 
+# %% ../nbs/28_calibrate.ipynb #8b39bdd8
 def kept(path, make):
     "The tensors that an earlier call left in a file; else what `make()` gives, left there for a later one. Without a path nothing is kept"
     if path and path.is_file():
@@ -448,6 +516,7 @@ def kept(path, make):
         with whole_file(path) as part: save_file({k: v.contiguous() for k, v in made.items()}, part)
     return made
 
+# %% ../nbs/28_calibrate.ipynb #8f857662
 def digest(x):
     "Anything as something that JSON holds, the same for the same"
     if isinstance(x, Image.Image): return [list(x.size), hashlib.sha256(x.convert('RGBA').tobytes()).hexdigest()]
@@ -457,6 +526,7 @@ def digest(x):
     if isinstance(x, list | tuple): return [digest(v) for v in x]
     return x if isinstance(x, str | int | float | bool | None) else repr(x)
 
+# %% ../nbs/28_calibrate.ipynb #7cb88d14
 def check_kept(folder, about):
     "A `ValueError` if a folder keeps the recordings of another calibration, or does not say of which"
     from spectrum_nb.bench import save_json
@@ -467,11 +537,13 @@ def check_kept(folder, about):
                          f'that folder, or say another place')
     save_json(about, path)
 
+# %% ../nbs/28_calibrate.ipynb #a46087c1
 def kept_in(folder):
     "The files that `record` and `try_plans` keep"
     return [p for pattern in ('about.json', 'prompt_*.safetensors', 'trial_*.safetensors')
             for p in Path(folder).glob(pattern)]
 
+# %% ../nbs/28_calibrate.ipynb #8ecbf1f1
 def forget_kept(
     folder,  # that was given to `record` and `try_plans` as `keep`
 ):
@@ -479,6 +551,7 @@ def forget_kept(
     for path in kept_in(folder): path.unlink()
     if Path(folder).is_dir() and not any(Path(folder).iterdir()): Path(folder).rmdir()
 
+# %% ../nbs/28_calibrate.ipynb #7d538579
 def record(
     pipe,             # pipeline with one denoiser
     prompts,          # list of prompts; 4 are enough, see the page "calibrated"
@@ -528,8 +601,10 @@ def relative_distance(a, b):
     "‖a − b‖ / ‖b‖ of two tensors"
     return relative_error([a.cpu().double()], [b.cpu().double()]).item()
 
+# %% ../nbs/28_calibrate.ipynb #ed7be0bb
 CANDIDATES = ('reuse', 'damped', 'steady', 'line', 'parabola', 'blend', 'gram')     # forecasters of the trials
 
+# %% ../nbs/28_calibrate.ipynb #cd87fcf4
 def try_plans(
     pipe,           # the pipeline that was recorded
     calibration,    # from `record`
@@ -571,6 +646,7 @@ def try_plans(
             if math.isfinite(measured): steps.append(Steps(k, name, measured))
     return replace(calibration, trials=(*calibration.trials, *trials), steps=(*calibration.steps, *steps))
 
+# %% ../nbs/28_calibrate.ipynb #55024ef2
 @dataclass
 class Heat:
     "Runs a candidate on recorded prompts; what is done is kept in a folder, if one is given"
@@ -582,14 +658,16 @@ class Heat:
     def off(self, name, what, n_prompts, n_steps, prepared):
         "Mean relative distance (geometric) of the samples of `prepared` from the full runs; infinite if any is not finite"
         runs = self.runs[:n_prompts]
-        identity = dict(what=torch.as_tensor(what, dtype=torch.float64), samples=torch.stack([last.double().norm() for *_, last in runs]))
+        identity = dict(what=torch.as_tensor(what, dtype=torch.float64),
+                        samples=torch.stack([last.double().norm() for *_, last in runs]))
         def make():
             with prepared() as pipe:
                 off = [relative_distance(sample_once(pipe, p, s, n_steps, self.call), last) for p, s, last in runs]
             return identity | dict(off=torch.tensor(off, dtype=torch.float64))
         path = name and self.keep and Path(self.keep)/f'trial_{name}_{n_prompts}.safetensors'
         tried = kept(path, make)
-        if not all(torch.equal(tried[k], v) for k, v in identity.items()): raise ValueError(f'{path} is of another calibration; remove it')
+        if not all(torch.equal(tried[k], v) for k, v in identity.items()):
+            raise ValueError(f'{path} is of another calibration; remove it')
         return float(gmean(tried['off'].clamp(min=1e-9).numpy())) if tried['off'].isfinite().all() else math.inf
 
     def plan(self, key, plan, n_prompts):
@@ -606,6 +684,7 @@ class Heat:
         prepared = partial(sampled_by, self.pipe, sampler)
         return self.off(f'{n_steps}_{name.replace(" ", "-")}', [float(n_steps)], len(self.runs), n_steps, prepared)
 
+# %% ../nbs/28_calibrate.ipynb #74947803
 def calibration_file(
     model,           # a preset of a tiny model, or the folder of a pipeline
     n_steps:int=50,  # steps
@@ -615,6 +694,7 @@ def calibration_file(
     name = f'calibration_{n_steps}{"_published" if published else ""}.json'
     return Path(preset.source if (preset := find_preset(model)) else model)/name
 
+# %% ../nbs/28_calibrate.ipynb #594dacad
 def shipped_calibration(
     model,           # a preset of a tiny model, or the folder of a pipeline
     n_steps:int=50,  # steps
@@ -623,5 +703,10 @@ def shipped_calibration(
     "The calibration that lies beside a model's weights; a `ValueError` if there is none for so many steps"
     path = calibration_file(model, n_steps, published)
     there = sorted({p.stem.split('_')[1] for p in path.parent.glob('calibration_*.json')})
-    if not path.is_file(): raise ValueError(f'no calibration of {model!r} for {n_steps} steps lies beside its weights ({"there are some for " + ", ".join(there) + " steps" if there else "there is none"}); make one with spectrum-nb calibrate')
+    if not path.is_file():
+        raise ValueError(
+            f'no calibration of {model!r} for {n_steps} steps lies beside its weights '
+            f'({"there are some for " + ", ".join(there) + " steps" if there else "there is none"}); make one with '
+            f'spectrum-nb calibrate'
+        )
     return Calibration.load(path)

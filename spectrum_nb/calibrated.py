@@ -28,8 +28,10 @@ from .schedule import Even, NoiseSpaced, alpha_for_passes, spaced_passes
 
 # %% ../nbs/29_calibrated.ipynb #4e5436bb
 BUDGETS = {50: (14, 10, 8), 28: (10, 8)}      # steps: passes
-PAPER = {(50, 14): .75, (50, 10): 3.}         # growth of the window in the paper; for other budgets the smallest that spends them
+# growth of the window in the paper; for other budgets the smallest that spends them
+PAPER = {(50, 14): .75, (50, 10): 3.}
 
+# %% ../nbs/29_calibrated.ipynb #67730c5b
 def even_plans(
     n_passes:int, # passes
     n_steps:int,  # steps
@@ -40,6 +42,7 @@ def even_plans(
     lines = {f'{s.name}, line': config_for_passes(n_passes, n_steps, s, forecaster=line) for s in schedules}
     return lines | {'noise rule': config_for_passes(n_passes, n_steps, NoiseSpaced(), forecaster=Blend(.15))}
 
+# %% ../nbs/29_calibrated.ipynb #b224f87b
 def all_plans(
     calibration,  # Calibration
     n_passes:int, # passes
@@ -47,9 +50,13 @@ def all_plans(
     "The ways to spend so many passes that are compared"
     n = calibration.n_steps
     alpha = PAPER.get((n, n_passes)) or alpha_for_passes(n_passes, n)
-    return {'paper, w = 0.5': SpectrumConfig.paper(alpha=alpha), 'paper, w = 1': SpectrumConfig.paper(alpha=alpha, blend=1), 'TaylorSeer': taylor_plan(spaced_passes(n_passes, n, warmup=3), n),
-            **even_plans(n_passes, n), 'calibrated': calibration.plan(n_passes)}
+    return {
+        'paper, w = 0.5': SpectrumConfig.paper(alpha=alpha), 'paper, w = 1': SpectrumConfig.paper(alpha=alpha, blend=1),
+        'TaylorSeer': taylor_plan(spaced_passes(n_passes, n, warmup=3),
+                                  n), **even_plans(n_passes, n), 'calibrated': calibration.plan(n_passes)
+    }
 
+# %% ../nbs/29_calibrated.ipynb #b0f641de
 def calibrated_bench(
     model:str,       # preset of a tiny model
     n_steps:int,     # steps of the full run, for which a calibration ships
@@ -67,10 +74,14 @@ def calibrated_bench(
     methods = [Method('full run', n_steps, None, own)]
     for k in BUDGETS[n_steps]:
         methods += [Method(name, n_steps, plan, own) for name, plan in all_plans(calibration, k).items()]
-        methods += [Method('fewer steps', k, None, own), *([Method('fewer steps, UniPC', k, None, second)] if second is not own else [])]
+        methods += [
+            Method('fewer steps', k, None, own),
+            *([Method('fewer steps, UniPC', k, None, second)] if second is not own else [])
+        ]
     captions, few = held_captions(call, n_prompts), max(n_prompts//4, 1)
     results = run_methods(pipe, captions, range(2000, 2000 + n_prompts), call, methods)
-    end = run_methods(pipe, captions[:few], range(2000, 2000 + few), call, [Method('converged', converged, None, own)])[0]['samples']
+    end = run_methods(pipe, captions[:few], range(2000, 2000 + few), call,
+                      [Method('converged', converged, None, own)])[0]['samples']
     rows = summary(results, captions)
     for row, r in zip(rows, results): row['converged_psnr'] = quality(r['samples'][:few], end)['psnr']
     return rows
@@ -87,9 +98,12 @@ def many_plans(
         even, chance = spaced_passes(k, n), [0, *sorted(rng.choice(np.arange(1, n), k - 1, replace=False).tolist())]
         plans += [(f'even, {f}', False, plan_from(even, n, FORECASTERS[f])) for f in ('reuse', 'line', 'parabola')]
         plans += [('random, line', False, taylor_plan(chance, n))]
-        plans += [(f'searched, {f}, by {by}', True, bare.plan(k, forecaster=f, places=by)) for f in ('line', 'gram') for by in ('output', 'hidden')]
-    return plans + [(f'paper α = {a:g} w = {w:g}', False, make_plan(SpectrumConfig.paper(alpha=a, blend=w), n)) for a in (.25, .75, 1.5, 3) for w in (.5, 1)]
+        plans += [(f'searched, {f}, by {by}', True, bare.plan(k, forecaster=f, places=by)) for f in ('line', 'gram')
+                  for by in ('output', 'hidden')]
+    return plans + [(f'paper α = {a:g} w = {w:g}', False, make_plan(SpectrumConfig.paper(alpha=a, blend=w), n))
+                    for a in (.25, .75, 1.5, 3) for w in (.5, 1)]
 
+# %% ../nbs/29_calibrated.ipynb #f0efd98e
 def foretold_bench(
     model:str,       # preset of a tiny model
     n_steps:int=50,  # steps
@@ -101,11 +115,16 @@ def foretold_bench(
     pipe, calibration = load_pipeline(model, device), shipped_calibration(model, n_steps)
     pipe.set_progress_bar_config(disable=True)
     call = call_defaults(pipe, model)
-    def sample(): return pipe(prompt=held_captions(call, n_prompts), num_inference_steps=n_steps, generator=[torch.Generator().manual_seed(3000 + i) for i in range(n_prompts)], output_type='latent', **call)[0]
+    def sample():
+        return pipe(prompt=held_captions(call, n_prompts), num_inference_steps=n_steps,
+                    generator=[torch.Generator().manual_seed(3000 + i) for i in range(n_prompts)], output_type='latent',
+                    **call)[0]
     full, rows = sample(), []
     for name, searched, plan in tqdm(many_plans(calibration, budgets), desc=model):
         with apply_spectrum(pipe, plan, measure=False): off = [relative_distance(a, b) for a, b in zip(sample(), full)]
-        rows.append(dict(name=name, searched=searched, passes=len(plan.passes), foretold=calibration.predicted_error(plan, corrected=False), measured=float(gmean(off))))
+        rows.append(
+            dict(name=name, searched=searched, passes=len(plan.passes),
+                 foretold=calibration.predicted_error(plan, corrected=False), measured=float(gmean(off))))
     return rows
 
 # %% ../nbs/29_calibrated.ipynb #f26acc6d
@@ -116,33 +135,46 @@ def adapted(
     size:float=.05, # norm of that, in units of the matrix's
 ):
     "A denoiser whose matrices have something of low rank added at random, as a LoRA would"
-    weights = [m.weight for name in find_anatomy(denoiser).body for m in denoiser.get_submodule(name).modules() if isinstance(m, torch.nn.Linear)]
+    weights = [
+        m.weight for name in find_anatomy(denoiser).body for m in denoiser.get_submodule(name).modules()
+        if isinstance(m, torch.nn.Linear)
+    ]
     before, generator = [w.detach().clone() for w in weights], torch.Generator().manual_seed(0)
     try:
         with torch.no_grad():
             for w in weights:
-                added = torch.randn(w.shape[0], rank, generator=generator) @ torch.randn(rank, w.shape[1], generator=generator)
+                added = torch.randn(w.shape[0], rank, generator=generator)@torch.randn(rank, w.shape[1],
+                                                                                       generator=generator)
                 w.add_((added*(size*w.norm().cpu()/added.norm())).to(w))
         yield
     finally:
         with torch.no_grad(): [w.copy_(b) for w, b in zip(weights, before)]
 
+# %% ../nbs/29_calibrated.ipynb #07b151f8
 def changed(
     model,  # preset of a tiny model
 ):          # {name: (arguments of the call, settings of the scheduler, steps, whether weights are changed)}
     "Settings that differ in one thing from those of the shipped calibration"
-    grid = dict(use_karras_sigmas=True) if model == 'tiny-sdxl' else dict(flow_shift=5.) if model == 'tiny-wan' else dict(use_dynamic_shifting=False, shift=1.5)
-    size = {} if model == 'tiny-sd3' else {'48 × 48 pixels': (dict(height=48, width=48), {}, 50, False)}      # its positions end at 32
-    return {'as calibrated': ({}, {}, 50, False), 'guidance 1.5': (dict(guidance_scale=1.5), {}, 50, False), 'guidance 5': (dict(guidance_scale=5.), {}, 50, False), **size,
-            'other σ grid': ({}, grid, 50, False), '28 steps': ({}, {}, 28, False), 'LoRA': ({}, {}, 50, True)}
+    grid = dict(use_karras_sigmas=True) if model == 'tiny-sdxl' else dict(
+        flow_shift=5.) if model == 'tiny-wan' else dict(use_dynamic_shifting=False, shift=1.5)
+    # its positions end at 32
+    size = {} if model == 'tiny-sd3' else {'48 × 48 pixels': (dict(height=48, width=48), {}, 50, False)}
+    return {
+        'as calibrated': ({}, {}, 50, False), 'guidance 1.5': (dict(guidance_scale=1.5), {}, 50, False),
+        'guidance 5': (dict(guidance_scale=5.), {}, 50, False), **size, 'other σ grid': ({}, grid, 50, False),
+        '28 steps': ({}, {}, 28, False), 'LoRA': ({}, {}, 50, True)
+    }
 
+# %% ../nbs/29_calibrated.ipynb #f5ad4ada
 def at_steps(
     plan,         # Plan
     n_steps:int,  # steps of another run
 ):                # Plan
     "The plan itself, or straight lines through passes at the same parts of a run of another length"
-    return plan if plan.n_steps == n_steps else taylor_plan(sorted({round(p*(n_steps - 1)/(plan.n_steps - 1)) for p in plan.passes}), n_steps)
+    return plan if plan.n_steps == n_steps else taylor_plan(
+        sorted({round(p*(n_steps - 1)/(plan.n_steps - 1)) for p in plan.passes}), n_steps)
 
+# %% ../nbs/29_calibrated.ipynb #26f10fd4
 def transfer_bench(
     model:str,        # preset of a tiny model
     n_prompts:int=32, # held-out captions, a seed each
@@ -160,10 +192,21 @@ def transfer_bench(
         pipe.scheduler = type(own).from_config(own.config, **grid) if grid else own
         with adapted(denoiser) if other else nullcontext():
             there = record(pipe, seen_captions(call, 16 if name == 'as calibrated' else 4), n, **call)
-            subsets = {f'calibrated there, {k} prompt{"s"*(k > 1)}': there.subset(range(k)) for k in (1, 4, 16) if k == 4 or name == 'as calibrated'}
-            plans = {'shipped plan': at_steps(shipped.plan(n_passes), n)} | {k: try_plans(pipe, c, (n_passes,), **call).plan(n_passes) for k, c in subsets.items()}
+            subsets = {
+                f'calibrated there, {k} prompt{"s"*(k > 1)}': there.subset(range(k)) for k in (1, 4, 16)
+                if k == 4 or name == 'as calibrated'
+            }
+            plans = {'shipped plan': at_steps(shipped.plan(n_passes), n)
+                     } | {k: try_plans(pipe, c, (n_passes,), **call).plan(n_passes) for k, c in subsets.items()}
             plans |= even_plans(n_passes, n)
-            methods = [Method('full run', n, None, pipe.scheduler), *(Method(k, n, p, pipe.scheduler) for k, p in plans.items()), Method('fewer steps', n_passes, None, pipe.scheduler)]
+            methods = [
+                Method('full run', n, None, pipe.scheduler),
+                *(Method(k, n, p, pipe.scheduler) for k, p in plans.items()),
+                Method('fewer steps', n_passes, None, pipe.scheduler)
+            ]
             captions = held_captions(call, n_prompts)
-            rows += [dict(setting=name) | {k: r[k] for k in ('name', 'passes', 'psnr', 'psnr_std')} for r in summary(run_methods(pipe, captions, range(4000, 4000 + n_prompts), call, methods))[1:]]
+            rows += [
+                dict(setting=name) | {k: r[k] for k in ('name', 'passes', 'psnr', 'psnr_std')}
+                for r in summary(run_methods(pipe, captions, range(4000, 4000 + n_prompts), call, methods))[1:]
+            ]
     return rows

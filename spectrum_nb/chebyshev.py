@@ -25,7 +25,8 @@ def basis(
 ):               # [..., M+1] float64
     "T_0 … T_M at `tau` by NumPy's `chebvander`; a `ValueError` for times outside [−1, 1], where they grow without bound"
     tau = np.asarray(tau, dtype=np.float64)
-    if not (np.abs(tau) <= 1 + 1e-12).all(): raise ValueError(f'times must lie in [-1, 1], got {tau}; rescaled_time(step, n_steps) makes them from steps')
+    if not (np.abs(tau) <= 1 + 1e-12).all():
+        raise ValueError(f'times must lie in [-1, 1], got {tau}; rescaled_time(step, n_steps) makes them from steps')
     return chebvander(tau, degree).reshape(*tau.shape, degree + 1)
 
 # %% ../nbs/01_chebyshev.ipynb #d57a7ecb
@@ -36,10 +37,14 @@ def ellipse_parameter(
     root = np.sqrt(np.asarray(z, dtype=complex)**2 - 1)
     return np.maximum(np.abs(z + root), np.abs(z - root))
 
+# %% ../nbs/01_chebyshev.ipynb #e2fcf029
 def check_rho(rho):
     "Raise a `ValueError` unless ρ is finite and greater than 1"
-    if not (np.isfinite(rho) & (np.asarray(rho) > 1)).all(): raise ValueError(f'rho must be finite and greater than 1, not {rho}: the ellipse of 1 is the interval [-1, 1] itself')
+    if not (np.isfinite(rho) & (np.asarray(rho) > 1)).all():
+        raise ValueError(
+            f'rho must be finite and greater than 1, not {rho}: the ellipse of 1 is the interval [-1, 1] itself')
 
+# %% ../nbs/01_chebyshev.ipynb #916533fd
 def bernstein_ellipse(
     rho:float,      # ρ > 1, the sum of its half-axes
     n_points:int=400, # points on it
@@ -58,7 +63,9 @@ def decay_rate(
     "ρ of the geometric law |c_m| ∝ ρ^−m that fits the logarithms of `coefficients` best"
     c = np.abs(np.asarray(coefficients, dtype=np.float64))
     last = len(c) - 1 if last is None else last
-    if not 0 <= first < last < len(c): raise ValueError(f'no degrees from {first} to {last} among the {len(c)} coefficients given, or fewer than two')
+    if not 0 <= first < last < len(c):
+        raise ValueError(f'no degrees from {first} to {last} among the {len(c)} coefficients given, or fewer than two')
     c = c[first:last + 1]
-    if not ((c > 0) & np.isfinite(c)).all(): raise ValueError(f'a rate needs finite coefficients different from zero, got {c}')
+    if not ((c > 0) & np.isfinite(c)).all():
+        raise ValueError(f'a rate needs finite coefficients different from zero, got {c}')
     return float(np.exp(-np.polyfit(np.arange(len(c)), np.log(c), 1)[0]))

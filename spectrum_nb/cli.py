@@ -35,8 +35,8 @@ from .forecast import FORECASTERS, Blend, Chebyshev, check_number, name_of
 from .options import SetUp, applied_of, check_counts, picked, takes
 from .peers import peers_bench
 from .plan import Plan, SpectrumConfig, config_for_passes, make_plan
-from .presets import (TINY, call_defaults, check_device, config_for_model, find_preset, first_line, held_captions,
-                                 load_pipeline, mixed_captions, read_json, seen_captions)
+from .presets import (TINY, call_defaults, check_device, config_for_model, find_preset, first_line,
+                                 held_captions, load_pipeline, mixed_captions, read_json, seen_captions)
 from .quiet import hushed, noted
 from .real_size import real_size_jobs
 from .rivals import Method, all_methods, as_text, comparison_figure, quality_bench, run_methods, summary
@@ -49,11 +49,13 @@ def check_name(option, path):
     "Raise a `ValueError` unless `path` ends in a name"
     if Path(path).name in ('', '..'): raise ValueError(f'{option} must end in a name, not {path!r}')
 
+# %% ../nbs/39_cli.ipynb #b36b2d27
 def check_seeds(seed, seeds=1):
     "Raise a `ValueError` unless so many seeds from the first on are numbers that torch takes"
     check_counts(seeds=seeds)
     check_number('seed', seed, 0, Integral, 2**64 - seeds)
 
+# %% ../nbs/39_cli.ipynb #05f5d3f2
 def read_budgets(option, words, kind, low, high):
     "Numbers with commas between; a `ValueError` names the option"
     try: found = [kind(k) for k in words.split(',') if k.strip()]
@@ -96,6 +98,7 @@ def config_of(
     if passes: return config_for_passes(passes, steps, places, forecaster=forecast)
     return SpectrumConfig(places, forecast, speedup=speedup)
 
+# %% ../nbs/39_cli.ipynb #5e79d589
 def forecaster_of(
     word,    # in `FORECASTERS`, or None for `other`
     degree,  # of the Chebyshev part; here and below, None where it is not given
@@ -127,10 +130,12 @@ def plan_of(plan, passes, speedup, pipe, model, steps, call, published=False):
     calibration.check(pipe, steps, call)
     return calibration.plan(passes) if passes else calibration.plan(speedup=speedup or SPEEDUP)
 
+# %% ../nbs/39_cli.ipynb #52918cb3
 def is_ours(model):
     "Whether a model is one of the tiny ones, or was trained like them, so that it draws their captions"
     return bool(preset := find_preset(model)) and (Path(preset.source)/'training.json').is_file()
 
+# %% ../nbs/39_cli.ipynb #4fdb5b88
 def said_of(config, plan=''):
     "What JSON can hold of a config, or of a plan and the file it came from"
     if isinstance(config, Plan): return dict(calibration=plan, plan=config.name, passes=config.passes)
@@ -152,20 +157,31 @@ def demo(
     "Full run, calibrated plans, the default, the paper's at α = 0.75 and α = 3, and plainly fewer steps: same prompts, same seeds, side by side"
     check_counts(prompts=prompts, seeds=seeds, steps=steps, passes=passes)
     if not is_ours(model):
-        raise ValueError(f'the demo draws captions of the tiny models\' world; choose one of {", ".join(TINY)} or the folder of one that you trained; draw your own prompts with sample or run')
+        raise ValueError(
+            f'the demo draws captions of the tiny models\' world; choose one of {", ".join(TINY)} or the folder of '
+            f'one that you trained; draw your own prompts with sample or run'
+        )
     pipe = load_pipeline(model)
     call = call_defaults(pipe, model, published)
     captions = held_captions(call, prompts)*seeds
     methods = all_methods(pipe, steps, blends=(blend,))
-    budgets = [passes] if passes else sorted({len(make_plan(m.config, steps).passes) for m in methods if isinstance(m.config, SpectrumConfig)}, reverse=True)
+    budgets = [passes] if passes else sorted(
+        {len(make_plan(m.config, steps).passes) for m in methods if isinstance(m.config, SpectrumConfig)}, reverse=True)
     methods[1:1] = [Method('default', steps, config_for_passes(k, steps), pipe.scheduler) for k in budgets]
     if plan or calibration_file(model, steps, published).is_file():
-        methods[1:1] = [Method('calibrated', steps, plan_of(plan or 'shipped', k, None, pipe, model, steps, call, published), pipe.scheduler) for k in budgets]
+        methods[1:1] = [
+            Method('calibrated', steps, plan_of(plan or 'shipped', k, None, pipe, model, steps, call, published),
+                   pipe.scheduler) for k in budgets
+        ]
     results = run_methods(pipe, captions, [1000 + i for i in range(len(captions))], call, methods)
     rows = summary(results, captions)
     where = f'{model}, {len(captions)} samples, one batch, {call}; quality against the {steps}-step run of the same seeds, mean ± deviation over samples'
     print(f'\n{as_text(rows)}\n\n{where}\n' + ', '.join(f'{k} {v}' for k, v in provenance(pipe.device).items()))
-    table = save_json(dict(rows=rows, provenance=dict(model=model, steps=steps, captions=captions, seeds='1000 …', call=call) | provenance(pipe.device)), Path(out)/'demo.json')
+    table = save_json(
+        dict(
+            rows=rows, provenance=dict(model=model, steps=steps, captions=captions, seeds='1000 …', call=call)
+            | provenance(pipe.device)),
+        Path(out)/'demo.json')
     picture = save_figure(comparison_figure(results, captions), Path(out)/'demo.png')
     print(f'picture {picture.resolve()}\ntable   {table.resolve()}')
 
@@ -207,6 +223,7 @@ def sample(
         print(f'{len(r["passes"])} passes of {r["n_steps"]} steps{context}{error}')
     print(f'{ran["seconds"]:.1f} s, ' + '\n'.join(str(file.resolve()) for file in files))
 
+# %% ../nbs/39_cli.ipynb #4dfac2aa
 def check_plan(plan, set_up, kwargs):
     "Raise a `ValueError` for a plan that is not there or has another number of steps, before a model is loaded"
     shipped = plan == 'shipped'
@@ -235,28 +252,42 @@ def run(
     if not prompts: raise ValueError('which prompts? give a text file, one prompt a line, with --prompts')
     check_counts(limit=limit)
     check_seeds(seed, seeds)
-    if Path(name).name != name or name in ('', '..'): raise ValueError(f'the name of an experiment is one folder, not {name!r}')
+    if Path(name).name != name or name in ('', '..'):
+        raise ValueError(f'the name of an experiment is one folder, not {name!r}')
     jobs, state = all_jobs(read_prompts(prompts, limit), range(seed, seed + seeds)), PartialState()
     given = picked(SetUp, kwargs)
-    set_up, applied = SetUp(**given | dict(device=given.get('device') or str(state.device))), applied_of(**picked(applied_of, kwargs))
+    set_up, applied = SetUp(**given | dict(device=given.get('device') or str(state.device))), applied_of(
+        **picked(applied_of, kwargs))
     model, steps, fps, folder = set_up.model, set_up.n_steps, set_up.frames_a_second, Path(out)/name
     config = config_of(**picked(config_of, kwargs) | dict(steps=steps, model=model))
     if plan: check_plan(plan, set_up, kwargs)
     pipe = set_up.load()
     pipe.set_progress_bar_config(disable=True)
     call = set_up.call(pipe)
-    if plan: config = plan_of(plan, kwargs.get('passes'), kwargs.get('speedup'), pipe, model, steps, call, set_up.published)
-    loaded = {k: v for k in ('dtype', 'quantize', 'lora', 'scheduler') if (v := getattr(set_up, k))}         # what changes samples
-    settings = dict(model=model, steps=steps, config=said_of(config, plan), call=digest(call)) | loaded | (dict(fps=fps) if 'num_frames' in inspect.signature(pipe.__call__).parameters else {})
-    if baseline: sample_all(pipe, jobs, folder/'full', settings | dict(config=None), steps, call=call, fps=fps, exact=True, num=set_up.num)
+    if plan:
+        config = plan_of(plan, kwargs.get('passes'), kwargs.get('speedup'), pipe, model, steps, call, set_up.published)
+    # what changes samples
+    loaded = {k: v for k in ('dtype', 'quantize', 'lora', 'scheduler') if (v := getattr(set_up, k))}
+    settings = dict(model=model, steps=steps, config=said_of(config, plan), call=digest(call)) | loaded | (dict(
+        fps=fps) if 'num_frames' in inspect.signature(pipe.__call__).parameters else {})
+    if baseline:
+        sample_all(pipe, jobs, folder/'full', settings | dict(config=None), steps, call=call, fps=fps, exact=True,
+                   num=set_up.num)
     state.wait_for_everyone()
-    made, kept, failed = sample_all(pipe, jobs, folder, settings | applied, steps, config, call, fps, folder/'full' if baseline else None, exact, set_up.num, **applied)
+    made, kept, failed = sample_all(pipe, jobs, folder, settings | applied, steps, config, call, fps,
+                                    folder/'full' if baseline else None, exact, set_up.num, **applied)
     state.wait_for_everyone()
     if not state.is_main_process: return
     summaries = {part: summarise(part) for part in ([folder/'full', folder] if baseline else [folder])}
-    for part, said in summaries.items(): print(f'\n{part.resolve()}\n' + '\n'.join(f'  {k:18}{v}' for k, v in said.items()))
-    if failures := summaries[folder]['failed']: raise RuntimeError(f'{len(failures)} of {len(jobs)} samples failed; their errors are in {folder/"failed"}; the same command tries them again')
+    for part, said in summaries.items():
+        print(f'\n{part.resolve()}\n' + '\n'.join(f'  {k:18}{v}' for k, v in said.items()))
+    if failures := summaries[folder]['failed']:
+        raise RuntimeError(
+            f'{len(failures)} of {len(jobs)} samples failed; their errors are in {folder/"failed"}; the same command '
+            f'tries them again'
+        )
 
+# %% ../nbs/39_cli.ipynb #42d70bb0
 @call_parse
 def compare(
     a:str,  # folder of samples to judge
@@ -295,7 +326,8 @@ def calibrate(
     check_number('n_steps', steps, 2, Integral)
     budgets = read_budgets('passes', passes, int, 1, steps)
     texts = read_prompts(prompts, limit) if prompts else None
-    if texts is None and not is_ours(set_up.model): raise ValueError('which prompts? give a text file, one prompt a line, with --prompts; four will do')
+    if texts is None and not is_ours(set_up.model):
+        raise ValueError('which prompts? give a text file, one prompt a line, with --prompts; four will do')
     pipe = set_up.load()
     pipe.set_progress_bar_config(disable=True)
     call = set_up.call(pipe)
@@ -311,10 +343,13 @@ def calibrate(
         with warnings.catch_warnings():            # what `plan` warns of is printed below
             warnings.simplefilter('ignore')
             best = made.plan(k)
-        tried = [t.measured for t in made.trials if t.passes == tuple(best.passes) and best.name.endswith(str(t.forecaster))]
-        print(f'{k} passes: foretold error {made.predicted_error(best):.3f}' + ''.join(f', measured {m:.3f}' for m in tried)
-              + f'; {best.name}, {" ".join(map(str, best.passes))}')
-        if steps_ := made.nearer_steps(k): print(f'  {k} {steps_.sampler} are nearer ({steps_.measured:.3f}): take those, or more passes')
+        tried = [
+            t.measured for t in made.trials if t.passes == tuple(best.passes) and best.name.endswith(str(t.forecaster))
+        ]
+        print(f'{k} passes: foretold error {made.predicted_error(best):.3f}' +
+              ''.join(f', measured {m:.3f}' for m in tried) + f'; {best.name}, {" ".join(map(str, best.passes))}')
+        if steps_ := made.nearer_steps(k):
+            print(f'  {k} {steps_.sampler} are nearer ({steps_.measured:.3f}): take those, or more passes')
     print(file.resolve())
 
 
@@ -344,12 +379,20 @@ def tune(
     if texts or not is_ours(set_up.model): split_prompts(texts or PROMPTS[:limit])
     pipe = set_up.load()
     call = set_up.call(pipe)
-    if texts is None and is_ours(set_up.model): texts = mixed_captions(call, len(split_prompts(range(limit))[0])) + held_captions(call, len(split_prompts(range(limit))[1]))
+    if texts is None and is_ours(set_up.model):
+        texts = mixed_captions(call, len(split_prompts(range(limit))[0])) + held_captions(
+            call, len(split_prompts(range(limit))[1]))
     words = ' '.join([set_up.words(), *(f'--{k.replace("_", "-")} {v}' for k, v in applied.items())])
-    page = make_card(pipe, texts or PROMPTS[:limit], out, set_up.model, set_up.n_steps, asked, call, budget, seed, set_up.num, set_up.frames_a_second, words, begun, **applied)
-    if page is None: raise RuntimeError(f'the budget of {budget:g} minutes was spent before one prompt was drawn every way; the same command with a larger one goes on')
+    page = make_card(pipe, texts or PROMPTS[:limit], out, set_up.model, set_up.n_steps, asked, call, budget, seed,
+                     set_up.num, set_up.frames_a_second, words, begun, **applied)
+    if page is None:
+        raise RuntimeError(
+            f'the budget of {budget:g} minutes was spent before one prompt was drawn every way; the same command with '
+            f'a larger one goes on'
+        )
     card = read_json(page.with_name('card.json'), verdicts=list, left_out=list)
-    for verdict in card['verdicts']: print(f'\n{verdict["asked"]:g} times fewer passes: {verdict["sentence"]}\n\n{verdict["code"]}')
+    for verdict in card['verdicts']:
+        print(f'\n{verdict["asked"]:g} times fewer passes: {verdict["sentence"]}\n\n{verdict["code"]}')
     for line in card['left_out']: print(f'\nleft out: {line}')
     print(f'\n{page.resolve()}')
 
@@ -370,9 +413,12 @@ def bench(
     if what not in USES: raise ValueError(f'nothing to measure called {what!r}; choose {", ".join(USES)}')
     defaults = {k: p.default for k, p in inspect.signature(bench).parameters.items()}
     for option, value in dict(prompts=prompts, rounds=rounds, models=models, limit=limit).items():
-        if value != defaults[option] and option not in USES[what]: raise ValueError(f'bench {what} has no --{option}; it has {", ".join(f"--{o}" for o in (*USES[what], "device", "out"))}')
+        if value != defaults[option] and option not in USES[what]:
+            raise ValueError(
+                f'bench {what} has no --{option}; it has {", ".join(f"--{o}" for o in (*USES[what], "device", "out"))}')
     check_device(device)
-    where = lambda option, **settings: dict(provenance=settings | dict(command=f'spectrum-nb bench --what {what} --{option} --out {Path(out).name}') | provenance(device))
+    where = lambda option, **settings: dict(provenance=settings | dict(
+        command=f'spectrum-nb bench --what {what} --{option} --out {Path(out).name}') | provenance(device))
     if what == 'forecast': result = forecast_bench(device=device)
     elif what == 'loop': result = loops_bench(rounds, device) | where(f'rounds {rounds}', steps=50, rounds=rounds)
     else:
@@ -384,40 +430,57 @@ def bench(
             prompts = prompts or wanted
             jobs = make(prompts, device)
             wanted = {m for m in (models or '').split(',') if m}
-            if unknown := wanted - {model for *_, model in jobs} - {key[0] for key in jobs}: raise ValueError(f'bench {what} knows no model {", ".join(sorted(unknown))}')
+            if unknown := wanted - {model for *_, model in jobs} - {key[0] for key in jobs}:
+                raise ValueError(f'bench {what} knows no model {", ".join(sorted(unknown))}')
             jobs_now = {key: job for key, job in jobs.items() if not wanted or wanted & {*key}}
-            result = dict(tables={}, prompts=prompts) | where(f'prompts {prompts}', steps=steps, prompts=f'{prompts} held-out captions, one batch', seeds=f'{first} to {first - 1 + prompts}', guidance='as the cells say' if what in ('hard', 'forms', 'early', 'few') else {m: find_preset(m).call['guidance_scale'] for m in TINY})
+            result = dict(tables={}, prompts=prompts) | where(
+                f'prompts {prompts}', steps=steps, prompts=f'{prompts} held-out captions, one batch',
+                seeds=f'{first} to {first - 1 + prompts}', guidance='as the cells say' if what
+                in ('hard', 'forms', 'early', 'few') else {m: find_preset(m).call['guidance_scale'] for m in TINY})
         there = read_json(out) if Path(out).is_file() else {}
-        if (there.get('unfinished') or what == 'real_size') and {**there.get('provenance', {}), 'date': ''} == {**result['provenance'], 'date': ''}: result = there      # interrupted before, or of other models
+        if (there.get('unfinished') or what == 'real_size') and {**there.get('provenance', {}), 'date': ''
+                                                                 } == {**result['provenance'], 'date': ''}:
+            result = there      # interrupted before, or of other models
         result['unfinished'] = True
         for key, one in jobs_now.items():
             *group, model = key
             table = result['tables'].setdefault(group[0], {}) if group else result['tables']
             if model in table: continue
             table[model] = one()
-            print(f'\n{" ".join(key)}: {len(table[model])} rows' + (f'\n{as_text(table[model])}' if 'steps' in table[model][0] else ''))
+            print(f'\n{" ".join(key)}: {len(table[model])} rows' +
+                  (f'\n{as_text(table[model])}' if 'steps' in table[model][0] else ''))
             save_json(result, out)          # what is done is kept, should the rest be interrupted
         if len(jobs_now) == len(jobs): del result['unfinished']
     if what in ('forecast', 'loop'): print(json.dumps(result, indent=1, ensure_ascii=False))
     print(save_json(result, out).resolve())
 
-TABLES = dict(   # of the five tiny models: steps, prompts, first seed, and a function of prompts and device: {(group,) model: what makes its rows}
-    quality=('50', 64, 2000, lambda prompts, device: {(m,): partial(quality_bench, m, prompts, device=device) for m in TINY}),
-    calibrated=('50 and 28', 64, 2000, lambda prompts, device: {(str(n), m): partial(calibrated_bench, m, n, prompts, device) for n in BUDGETS for m in TINY}),
-    foretold=('50', 8, 3000, lambda prompts, device: {(m,): partial(foretold_bench, m, 50, prompts, device) for m in TINY}),
-    transfer=('50', 32, 4000, lambda prompts, device: {(m,): partial(transfer_bench, m, prompts, device=device) for m in TINY}),
-    peers=('50', 8, 5000, lambda prompts, device: {(m,): partial(peers_bench, m, prompts, device=device) for m in TINY}),
-    ablations=('50, and 20, 28, 100', 16, 6000, lambda prompts, device: {(m,): partial(ablations_bench, m, prompts, device) for m in TINY}),
+# %% ../nbs/39_cli.ipynb #7ee3858d
+# of the five tiny models: steps, prompts, first seed, and a function of prompts and device: {(group,) model: what makes its rows}
+TABLES = dict(
+    quality=('50', 64, 2000, lambda prompts,
+             device: {(m,): partial(quality_bench, m, prompts, device=device) for m in TINY}),
+    calibrated=('50 and 28', 64, 2000, lambda prompts,
+                device: {(str(n), m): partial(calibrated_bench, m, n, prompts, device) for n in BUDGETS for m in TINY}),
+    foretold=('50', 8, 3000, lambda prompts,
+              device: {(m,): partial(foretold_bench, m, 50, prompts, device) for m in TINY}),
+    transfer=('50', 32, 4000, lambda prompts,
+              device: {(m,): partial(transfer_bench, m, prompts, device=device) for m in TINY}),
+    peers=('50', 8, 5000, lambda prompts,
+           device: {(m,): partial(peers_bench, m, prompts, device=device) for m in TINY}),
+    ablations=('50, and 20, 28, 100', 16, 6000, lambda prompts,
+               device: {(m,): partial(ablations_bench, m, prompts, device) for m in TINY}),
     hard=('50, 28, 20 and 12', 32, 8000, hard_jobs),
     forms=('50', 8, 8500, forms_jobs),
     early=('50', 16, 8700, early_jobs),
     few=('20 and 28', 16, 8900, few_jobs),
     features=('50', 4, 7000, lambda prompts, device: {(m,): partial(features_bench, m, prompts, device) for m in TINY}))
+# of random numbers: functions of device, models and seconds
+SIZED = dict(cost=lambda device, models, limit: cost_jobs(device), real_size=real_size_jobs)
+# options of the sub-commands
+USES = dict(forecast=(), loop=('rounds',), cost=(), real_size=('models', 'limit')) | dict.fromkeys(
+    TABLES, ('prompts', 'models'))
 
-SIZED = dict(cost=lambda device, models, limit: cost_jobs(device), real_size=real_size_jobs)      # of random numbers: functions of device, models and seconds
-
-USES = dict(forecast=(), loop=('rounds',), cost=(), real_size=('models', 'limit')) | dict.fromkeys(TABLES, ('prompts', 'models'))      # options of the sub-commands
-
+# %% ../nbs/39_cli.ipynb #313c0290
 @call_parse
 def train(
     out:str,                  # folder of the trained pipeline; an interrupted training goes on from `<out>.work`
@@ -436,8 +499,10 @@ def train(
     print(f'{losses}\n{Path(out).resolve()}')
 
 # %% ../nbs/39_cli.ipynb #9de5b024
-COMMANDS = dict(demo=demo, sample=sample, run=run, compare=compare, calibrate=calibrate, tune=tune, bench=bench, train=train)
+COMMANDS = dict(demo=demo, sample=sample, run=run, compare=compare, calibrate=calibrate, tune=tune, bench=bench,
+                train=train)
 
+# %% ../nbs/39_cli.ipynb #03ca4c3b
 def read_options(
     name,  # of a command
     argv,  # its words
@@ -451,39 +516,48 @@ def read_options(
         return same + equals + value if option.startswith('--') and same[2:] in known else word
     def fail(message): raise ValueError(message)
     plain = parser.format_help
-    parser.error, parser.format_help = fail, lambda: re.sub(r'\s*\(default:\s*(False)?\)', '', re.sub('--[a-z_]+', lambda m: m[0].replace('_', '-'), plain()))
+    parser.error, parser.format_help = fail, lambda: re.sub(
+        r'\s*\(default:\s*(False)?\)', '', re.sub('--[a-z_]+', lambda m: m[0].replace('_', '-'), plain()))
     if name == 'bench' and argv and not argv[0].startswith('-'): argv = ['--what', *argv]
     return {k: v for k, v in vars(parser.parse_args([dashed(w) for w in argv])).items() if k in known}
 
+# %% ../nbs/39_cli.ipynb #df875a03
 @contextmanager
 def one_bar():
     "Within, diffusers and transformers draw no bars while they read weights; those of downloads stay"
     shown, downloads = diffusers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
-    diffusers_logging.disable_progress_bar(); transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     if downloads: enable_progress_bars()
     try: yield
     finally:
         if shown: diffusers_logging.enable_progress_bar()
         transformers_logging.enable_progress_bar()
 
+# %% ../nbs/39_cli.ipynb #7e78a564
 def main(
     argv=None,  # words of the command line; by default the program's own
 ):
     "The command `spectrum-nb`"
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] in (['-h'], ['--help'], ['help']):
-        print('usage: spectrum-nb [command] [options]\n\n' + '\n'.join(f'  {n:11}{f.__doc__}' for n, f in COMMANDS.items()) + '\n\nspectrum-nb COMMAND --help lists the options; without a command, demo runs')
+        print('usage: spectrum-nb [command] [options]\n\n' +
+              '\n'.join(f'  {n:11}{f.__doc__}' for n, f in COMMANDS.items()) +
+              '\n\nspectrum-nb COMMAND --help lists the options; without a command, demo runs')
         return 0
     name = argv.pop(0) if argv and not argv[0].startswith('-') else 'demo'
     def answer(words, status, error):
-        traceback.clear_frames(error.__traceback__)             # closes the progress bars, so that the answer begins a line
+        # closes the progress bars, so that the answer begins a line
+        traceback.clear_frames(error.__traceback__)
         print(f'spectrum-nb: {words}', file=sys.stderr)
         return status
     try:
-        if foreign := [w for w in (name, *argv) if w != w.encode('utf-8', 'ignore').decode()]: raise ValueError(f'{foreign[0]!r} is not UTF-8 text')
+        if foreign := [w for w in (name, *argv) if w != w.encode('utf-8', 'ignore').decode()]:
+            raise ValueError(f'{foreign[0]!r} is not UTF-8 text')
         if name not in COMMANDS: raise ValueError(f'no command {name!r}; choose one of {", ".join(COMMANDS)}')
         options = read_options(name, argv)
         with hushed(), noted('spectrum-nb'), one_bar(): COMMANDS[name].__wrapped__(**options)
-    except (ValueError, TypeError, RuntimeError, OSError, OverflowError, MemoryError) as e: return answer(first_line(e), 2, e)
+    except (ValueError, TypeError, RuntimeError, OSError, OverflowError, MemoryError) as e:
+        return answer(first_line(e), 2, e)
     except KeyboardInterrupt as e: return answer('interrupted', 130, e)
     return 0

@@ -17,8 +17,10 @@ import numpy as np
 from .shapes import COLOURS, SHAPES, caption_agreement, centre, coverage, find_caption, find_object, hold_out, nearest_shape, paint
 
 # %% ../nbs/20_clips.ipynb #109cf8b6
-DIRECTIONS = {'left to right': (1, 0), 'right to left': (-1, 0), 'top to bottom': (0, 1), 'bottom to top': (0, -1)}    # (right, down)
+# (right, down)
+DIRECTIONS = {'left to right': (1, 0), 'right to left': (-1, 0), 'top to bottom': (0, 1), 'bottom to top': (0, -1)}
 
+# %% ../nbs/20_clips.ipynb #0073e76c
 @dataclass(frozen=True)
 class Clip:
     "What one clip shows: one object that crosses a plain background"
@@ -42,11 +44,13 @@ def all_clips():
     "Every clip, in a fixed order: colour × shape × direction × another background colour"
     return [Clip(*c) for c in product(COLOURS, SHAPES, DIRECTIONS, COLOURS) if c[0] != c[3]]
 
+# %% ../nbs/20_clips.ipynb #1ee2f744
 @cache
 def clip_by_caption():
     "{caption: Clip} of the whole world"
     return {c.caption: c for c in all_clips()}
 
+# %% ../nbs/20_clips.ipynb #a248db10
 def split_clips(
     n_held:int=150,  # clips whose captions training never sees
     seed:int=0,      # seed of the split
@@ -57,6 +61,7 @@ def split_clips(
 # %% ../nbs/20_clips.ipynb #f00a976c
 RADIUS = 11.    # of an object, in 64ths of the side
 
+# %% ../nbs/20_clips.ipynb #400c09dd
 def draw_clip(
     clip:Clip,       # what to draw
     rng,             # numpy Generator: exact path, size, shades and lighting are drawn from it
@@ -66,7 +71,8 @@ def draw_clip(
     "A clip; two draws differ as two takes of the same scene would"
     along, unit = np.array(DIRECTIONS[clip.direction]), side/64
     reach, aside, radius = rng.uniform(14, 18)*unit, rng.uniform(-8, 8)*unit, RADIUS*rng.uniform(.93, 1.07)*unit
-    path = side/2 + aside*(along == 0) + rng.uniform(-2, 2)*unit*along + reach*np.linspace(-1, 1, n_frames)[:, None]*along
+    path = side/2 + aside*(along == 0) + rng.uniform(-2, 2)*unit*along + reach*np.linspace(-1, 1, n_frames)[:,
+                                                                                                            None]*along
     return paint(np.stack([coverage(clip.shape, *at, radius, side) for at in path]), clip.colour, clip.background, rng)
 
 # %% ../nbs/20_clips.ipynb #bd99b6a6
@@ -84,6 +90,7 @@ def read_clip(
     direction = next(d for d, step in DIRECTIONS.items() if step[axis] == np.sign(way[axis]))
     return Clip(most(colours), most(nearest_shape(m)[0] for m in masks), direction, most(backgrounds))
 
+# %% ../nbs/20_clips.ipynb #a5555d2f
 def clip_agreement(
     clips,     # [n, side, side, 3] in [0, 1] each, or lists of PIL images
     captions,  # as many captions

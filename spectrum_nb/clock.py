@@ -26,12 +26,14 @@ class Moment(NamedTuple):
     run:object      # an object that is one and the same during a run, and another in the next
     n_steps:int     # steps of the run, or of the denoiser's share of it
     step:int=None   # the step of this call; None where calls must be counted
-    n_calls:int=None # how many of the steps have a call of this kind: one less for the second calls of a second-order sampler; None: all
+    # how many of the steps have a call of this kind: one less for the second calls of a second-order sampler; None: all
+    n_calls:int=None
     kind:str=''     # `'2nd'` for the second call of a step of a second-order sampler
     first:int=0     # step of the run at which the denoiser's share begins
     noisy:str=''    # name of the sampler, if it adds noise at every step
     sigmas:tuple=None # noise levels before the steps and after the last, as shares of noise, where the sampler tells
-    flow:bool=True    # whether the sampler follows a flow, x = (1 − s)·x0 + s·ε, of which sigmas are the shares s of noise
+    # whether the sampler follows a flow, x = (1 − s)·x0 + s·ε, of which sigmas are the shares s of noise
+    flow:bool=True
     kept:tuple=None   # what a multistep sampler keeps of the step before, and whether it is a clean prediction
     whole:int=None    # steps of the whole run, of which n_steps may be the denoiser's share
     sure:bool=True    # whether two calls at one step are known to be of one run
@@ -51,6 +53,7 @@ class CallClock:
 TIMES = ('timestep', 'timesteps', 't', 'sigma', 'sigmas', 'noise_labels', 'time', 'times', 'timestep_ratio',
          'decoder_noise_time', 'bb_ca_time')
 
+# %% ../nbs/08_clock.ipynb #321edcfe
 def time_of(
     timestep,  # what a denoiser was given as the time of a call: a number, or a tensor with one for each sample, frame or token
 ):             # float, or None where there is none
@@ -62,6 +65,7 @@ def time_of(
         timestep = timestep.item() if timestep.numel() else None
     return float(timestep) if isinstance(timestep, (int, float)) and math.isfinite(timestep) else None
 
+# %% ../nbs/08_clock.ipynb #2b984911
 def head_of(
     sample,  # tensor, or a list of them, of which the first counts
 ):           # [up to 256] tensor, which may share the sample's memory; None where fewer than 64 numbers would not tell
@@ -72,6 +76,7 @@ def head_of(
     head = sample.as_strided((n,), (1,)) if sample.is_contiguous() else sample.flatten()[:n]
     return head if head.dtype in (torch.float32, torch.float64) else head.float()
 
+# %% ../nbs/08_clock.ipynb #d2466946
 def alike(
     head,   # of a sample, or None
     other,  # of another one, or None
@@ -86,9 +91,9 @@ def alike(
 # %% ../nbs/08_clock.ipynb #f6192cdf
 # `gap`: by how much its time moved last, 0 at first
 BareRun = namedtuple('BareRun', 'key time step gap thread shape head')
-
 JUMP = 'the time jumps farther than the steps before: new history'
 
+# %% ../nbs/08_clock.ipynb #b5d2a740
 class TimeClock(CallClock):
     "Run and step of a bare denoiser, by the times that its calls carry; calls are counted where they carry none"
     REMEMBERED = 64, 2      # contexts, and unfinished runs of each
@@ -171,6 +176,7 @@ def inner_of(
         names = [n for n in modules if not own(n)]
         if names and all(getattr(module, n, None) is modules[n] for n in names): return inner
 
+# %% ../nbs/08_clock.ipynb #f9a29863
 def scheduler_of(
     pipe,   # pipeline
     times,  # what its loop goes over, or None where that is not known
@@ -182,12 +188,13 @@ def scheduler_of(
     mine = [s for s in (pipe.scheduler, *others) if storage(getattr(s, 'timesteps', None)) == storage(times)]
     return mine[0] if mine else pipe.scheduler
 
+# %% ../nbs/08_clock.ipynb #90936e6d
 UNTOLD = ('the steps of this run cannot be told: {} does not run on the scheduler of {}, or does not step it ({}). '
           'Apply Spectrum to the denoiser itself, which goes by the times of its calls: '
           'apply_spectrum(pipe.{}, n_steps=…)')
-
 Sight = namedtuple('Sight', 'pipe frame loop times said')
 
+# %% ../nbs/08_clock.ipynb #64f04d86
 class RunTeller:
     "Tells the runs of pipelines apart, for all denoisers that they share; an object stands for each run"
     def __init__(self): self.key, self.before, self.values, self.last = None, None, None, {}
@@ -232,27 +239,32 @@ def step_of(
     place = place_of(scheduler, timestep)
     return None if place is None else place - begin
 
+# %% ../nbs/08_clock.ipynb #2792593e
 def place_of(scheduler, timestep):
     "Place of a time among the timesteps of a scheduler, None if it is not there"
     if isinstance(timestep, torch.Tensor) and timestep.numel(): timestep = timestep.flatten()[0].item()
     found = (scheduler.timesteps == timestep).nonzero().flatten() if isinstance(timestep, (int, float)) else ()
     return int(found[0]) if len(found) else None
 
+# %% ../nbs/08_clock.ipynb #3c4263df
 def begin_of(scheduler, timestep=None):
     "The first of a scheduler's timesteps that a run uses, seen from its first call: `begin_index`, where a pipeline sets it, else the place of the call's time"
     begin = getattr(scheduler, 'begin_index', None)
     return begin if begin is not None else 0 if hasattr(scheduler, 'counter') else place_of(scheduler, timestep) or 0
 
+# %% ../nbs/08_clock.ipynb #10e65708
 def unwrapped(module):
     "The module within all wrappers, or the module itself"
     while (inner := inner_of(module)) is not None: module = inner
     return module
 
+# %% ../nbs/08_clock.ipynb #1476e9e6
 def holds(pipe, denoiser):
     "Whether a pipeline holds a denoiser, wrapped or not"
     parts = [m for m in vars(pipe).values() if isinstance(m, nn.Module)]
     return any(m is denoiser for m in parts) or any(unwrapped(m) is denoiser for m in parts)
 
+# %% ../nbs/08_clock.ipynb #45b6318f
 def calling_pipeline(
     denoiser,  # nn.Module
     otherwise, # pipeline to take if none is found
@@ -269,17 +281,21 @@ def calling_pipeline(
             return found, id(frame), frame.f_locals.get('state') if isinstance(owner, ModularPipeline) else times
     return found or otherwise, None, times
 
+# %% ../nbs/08_clock.ipynb #bb590cdb
 NOISY = ('DDPM', 'DDPMParallel', 'DDPMWuerstchen', 'UnCLIP', 'EulerAncestralDiscrete', 'KDPM2AncestralDiscrete',
          'DPMSolverSDE', 'CosineDPMSolverMultistep', 'CogVideoXDPM', 'SASolver', 'LCM', 'FlowMatchLCM',
          'CMStochasticIterative', 'SCM', 'RePaint', 'ScoreSdeVe', 'LTXEulerAncestralRF', 'HeliosDMD', 'Amused')
 
+# %% ../nbs/08_clock.ipynb #6f1602b0
 def noise_of(
     scheduler,  # diffusers scheduler
 ):              # its name, or `''`
     "The name of a scheduler that adds noise at every step"
     name, config = type(scheduler).__name__, getattr(scheduler, 'config', {})
-    return name if name.removesuffix('Scheduler') in NOISY or str(config.get('algorithm_type')).startswith('sde') or config.get('stochastic_sampling') else ''
+    return name if name.removesuffix('Scheduler') in NOISY or str(
+        config.get('algorithm_type')).startswith('sde') or config.get('stochastic_sampling') else ''
 
+# %% ../nbs/08_clock.ipynb #dc5c8f6a
 def levels_of(
     scheduler,  # diffusers scheduler with its timesteps set
 ):              # tuple with one more than those, from 0 to 1; or None, where it does not tell
@@ -289,11 +305,13 @@ def levels_of(
         return tuple(noise_shares(torch.as_tensor(levels).tolist()[:len(times) + 1]).tolist())
     kept = getattr(scheduler, 'alphas_cumprod', None)
     if levels is not None or kept is None or times.is_floating_point(): return None
-    kept = kept[times.cpu()].double(); noise = (1 - kept).sqrt()
+    kept = kept[times.cpu()].double()
+    noise = (1 - kept).sqrt()
     shares = (noise/(noise + kept.sqrt())).tolist()
     # a sampler may run towards noise
     return *shares, 0. if shares[0] >= shares[-1] else shares[-1]
 
+# %% ../nbs/08_clock.ipynb #3e219fa4
 def is_flow(
     scheduler,  # diffusers scheduler with its timesteps set
 ):              # bool
@@ -302,6 +320,7 @@ def is_flow(
     if levels is None: return not hasattr(scheduler, 'alphas_cumprod')
     return float(torch.as_tensor(levels).max()) <= 1 + 1e-6
 
+# %% ../nbs/08_clock.ipynb #54fe3394
 def kept_of(
     scheduler,  # diffusers scheduler in a run
 ):              # (tensor, whether it predicts the clean sample), or None
@@ -312,6 +331,7 @@ def kept_of(
                        str(config.get('algorithm_type', '')).startswith(('dpmsolver++', 'sde-dpmsolver++')))
     return outputs[-1], bool(clean)
 
+# %% ../nbs/08_clock.ipynb #d320dee8
 class PipelineClock:
     "Run, length and step of one denoiser, as the calling pipeline and its scheduler tell them"
     def __init__(self,

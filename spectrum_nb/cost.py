@@ -23,6 +23,7 @@ from .plan import SpectrumConfig, make_plan
 # %% ../nbs/30_cost.ipynb #87111d7f
 WAYS = ('ours', 'textbook', 'taylorseer', 'read', 'copy', 'clone')
 
+# %% ../nbs/30_cost.ipynb #70091535
 def forecast_ways(
     n_features,  # F, elements of a feature, batch included
     passes,      # K
@@ -32,21 +33,39 @@ def forecast_ways(
 ):               # {name: (function that forecasts once, function that does what is done at a pass or None, bytes held between calls)}
     "Ways to forecast from K passes, ready to be timed: `ours`, `textbook`, `taylorseer`; `read` and `copy`, which only move the history, and `clone`, which makes a feature"
     torch.manual_seed(0)
-    plan = make_plan(SpectrumConfig.paper(blend=1, warmup=passes), passes + 1)        # K passes, then one forecast from them all
-    feature, history, state = torch.randn(min(n_features, 2**16), device=device).to(dtype).repeat(-(-n_features//2**16))[:n_features], History(plan), TaylorSeerState(dtype, passes - 1)
+    # K passes, then one forecast from them all
+    plan = make_plan(SpectrumConfig.paper(blend=1, warmup=passes), passes + 1)
+    feature, history, state = torch.randn(
+        min(n_features,
+            2**16), device=device).to(dtype).repeat(-(-n_features//2**16))[:n_features], History(plan), TaylorSeerState(
+                dtype, passes - 1)
     wanted = lambda *names: only is None or any(n in only for n in names)
-    def store(): history.slots.pop(passes - 1, None); history.store(passes - 1, feature)
-    def update(): state.last_update_step = passes - 2; state.update((feature,))       # over its own latest factors: same work
+    def store():
+        history.slots.pop(passes - 1, None)
+        history.store(passes - 1, feature)
+    def update():
+        state.last_update_step = passes - 2
+        state.update((feature,))       # over its own latest factors: same work
     ways = {}
     if wanted('ours', 'textbook', 'read', 'copy', 'clone'):
         for s in range(passes): history.store(s, feature)
-        H, tau, tau_next, half = history.buffer, rescaled_time(plan.passes, passes + 1), rescaled_time(passes, passes + 1), passes//2
-        ways |= dict(ours=(lambda: history.forecast(plan.weights[passes]), store, H.nbytes), textbook=(lambda: textbook_forecast(list(H), tau, tau_next), None, H.nbytes),
-                     read=(lambda: H.view(torch.int64).sum(), None, H.nbytes), copy=(lambda: H[:half].copy_(H[half:]), None, H.nbytes), clone=(lambda: H[0].clone(), None, H.nbytes))
+        H, tau, tau_next, half = history.buffer, rescaled_time(plan.passes,
+                                                               passes + 1), rescaled_time(passes, passes + 1), passes//2
+        ways |= dict(ours=(lambda: history.forecast(plan.weights[passes]), store, H.nbytes),
+                     textbook=(lambda: textbook_forecast(list(H), tau, tau_next), None, H.nbytes),
+                     read=(lambda: H.view(torch.int64).sum(), None, H.nbytes),
+                     copy=(lambda: H[:half].copy_(H[half:]), None, H.nbytes),
+                     clone=(lambda: H[0].clone(), None, H.nbytes))
     if wanted('taylorseer') and passes <= 4:
-        for s in range(passes): state.current_step = s; state.update((feature,))
-        def predict(): state.current_step = passes; return state.predict()[0]
-        def refresh(): state.current_step = passes - 1; update()
+        for s in range(passes):
+            state.current_step = s
+            state.update((feature,))
+        def predict():
+            state.current_step = passes
+            return state.predict()[0]
+        def refresh():
+            state.current_step = passes - 1
+            update()
         ways['taylorseer'] = predict, refresh, passes*feature.nbytes
     return {k: w for k, w in ways.items() if wanted(k)}
 
@@ -57,14 +76,18 @@ def peak_of(
 ):                # bytes
     "Memory that a call of `f` takes at its peak, over what was there before, its result included"
     if str(device).startswith('cuda'):
-        torch.cuda.synchronize(device); torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         kept = f()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as watch: kept = f()
     total = peak = 0
-    for e in sorted((e for e in watch.profiler.kineto_results.events() if e.name() == '[memory]'), key=lambda e: e.start_ns()): total += e.nbytes(); peak = max(peak, total)
+    for e in sorted((e for e in watch.profiler.kineto_results.events() if e.name() == '[memory]'),
+                    key=lambda e: e.start_ns()):
+        total += e.nbytes()
+        peak = max(peak, total)
     return peak
 
 # %% ../nbs/30_cost.ipynb #3f39c13b
@@ -77,13 +100,17 @@ def bytes_needed(
 ):               # bytes
     "What is held and allocated at the peak of a forecast, not less than it is"
     s = dtype.itemsize
-    each = dict(ours=(passes + 2.2)*s, read=(passes + 1)*s, copy=(passes + 1)*s, clone=(passes + 2)*s, taylorseer=(2*passes + 4)*s, textbook=(2*passes + 2)*s + 4*passes + 4*(degree + 1)*4)[way]
+    each = dict(ours=(passes + 2.2)*s, read=(passes + 1)*s, copy=(passes + 1)*s, clone=(passes + 2)*s,
+                taylorseer=(2*passes + 4)*s, textbook=(2*passes + 2)*s + 4*passes + 4*(degree + 1)*4)[way]
     return int(n_features*each) + 2**20
 
 # %% ../nbs/30_cost.ipynb #fa09fffa
 PUBLISHED = {s.name: math.prod(s.feature) for s in SIZES}
-FEATURES = dict(sorted(({'1 M': 2**20, '4 M': 2**22, '100 M': 100*2**20, '400 M': 400*10**6} | {n: f for n, f in PUBLISHED.items() if '480' not in n and '544' not in n}).items(), key=lambda f: f[1]))
+FEATURES = dict(
+    sorted(({'1 M': 2**20, '4 M': 2**22, '100 M': 100*2**20, '400 M': 400*10**6}
+            | {n: f for n, f in PUBLISHED.items() if '480' not in n and '544' not in n}).items(), key=lambda f: f[1]))
 
+# %% ../nbs/30_cost.ipynb #65724ed4
 def cost_rows(
     n_features,   # F, elements of a feature, batch included
     passes=(2, 4, 10, 14),
@@ -93,34 +120,51 @@ def cost_rows(
     seconds=3.,   # to spend on one way at one setting, at most, if three calls take no longer
 ):                # list of rows
     "Milliseconds of a forecast and of what is done at a pass, and peak memory, of every way that fits; the others with the reason"
-    if room is None: room = torch.cuda.mem_get_info(device)[0] if str(device).startswith('cuda') else min(6e9, .8*psutil.virtual_memory().available)
+    if room is None:
+        room = torch.cuda.mem_get_info(device)[0] if str(device).startswith('cuda') else min(
+            6e9, .8*psutil.virtual_memory().available)
     rows = []
     for dtype in dtypes:
         for k in passes:
-            row = lambda way, **more: dict(way=way, passes=k, dtype=str(dtype)[6:], elements=n_features) | dict(ms=None, at_pass_ms=None, held=None, peak=None, note='') | more
+            row = lambda way, **more: dict(way=way, passes=k, dtype=str(dtype)[6:], elements=n_features) | dict(
+                ms=None, at_pass_ms=None, held=None, peak=None, note='') | more
             need = {w: bytes_needed(w, n_features, k, dtype) for w in WAYS}
             fits = [w for w in need if need[w] <= room and not (w == 'taylorseer' and k > 4)]
-            groups = [[w for w in fits if w != 'taylorseer'], [w for w in fits if w == 'taylorseer']]        # two states need not fit together
+            # two states need not fit together
+            groups = [[w for w in fits if w != 'taylorseer'], [w for w in fits if w == 'taylorseer']]
             for group in groups:
                 if not group: continue
                 ways = forecast_ways(n_features, k, dtype, device, group)
-                clock, extra = {(w, n): [] for w in ways for n in (0, 1)}, {w: peak_of(f, device) for w, (f, *_) in ways.items()}
+                clock, extra = {(w, n): [] for w in ways
+                                for n in (0, 1)}, {w: peak_of(f, device) for w, (f, *_) in ways.items()}
                 def turn():
                     for w, fs in ways.items():
                         for n, f in enumerate(fs[:2]):
                             if f is None: continue
-                            start = now(); f(); spent = now() - start
+                            start = now()
+                            f()
+                            spent = now() - start
                             clock[w, n].append(spent)
                 began = now()
                 for i in range(15):
                     turn()
                     if i >= 2 and now() - began > seconds*len(ways)/4: break
-                ms = lambda w, n: round(1e3*float(torch.tensor(clock[w, n], dtype=torch.float64).quantile(.5)), 4) if clock[w, n] else None
-                rows += [row(w, ms=ms(w, 0), at_pass_ms=ms(w, 1), held=held, peak=held + extra[w]) for w, (*_, held) in ways.items()]
+                ms = lambda w, n: round(1e3*float(torch.tensor(clock[w, n], dtype=torch.float64).quantile(.5)), 4
+                                        ) if clock[w, n] else None
+                rows += [
+                    row(w, ms=ms(w, 0), at_pass_ms=ms(w, 1), held=held, peak=held + extra[w])
+                    for w, (*_, held) in ways.items()
+                ]
                 del ways, clock
-            rows += [row(w, note='an order of K − 1 that nobody uses' if w == 'taylorseer' and k > 4 else f'does not fit in {room/1e9:.1f} GB: needs {n/1e9:.1f} GB') for w, n in need.items() if w not in fits]
+            rows += [
+                row(
+                    w, note='an order of K − 1 that nobody uses'
+                    if w == 'taylorseer' and k > 4 else f'does not fit in {room/1e9:.1f} GB: needs {n/1e9:.1f} GB')
+                for w, n in need.items() if w not in fits
+            ]
     return rows
 
+# %% ../nbs/30_cost.ipynb #2a1ebeb7
 def cost_jobs(
     device='cpu',
     room=None,    # bytes that may be used
@@ -128,4 +172,6 @@ def cost_jobs(
     "What `spectrum-nb bench --what cost` measures: every size at every K, and batches at FLUX's"
     flux, = (f for n, f in FEATURES.items() if n.startswith('FLUX'))
     return ({('size', n): partial(cost_rows, f, device=device, room=room) for n, f in FEATURES.items()}
-            | {('batch', f'FLUX.1-dev 1024², batch {b}'): partial(cost_rows, b*flux, (14,), (torch.bfloat16,), device, room) for b in (1, 2, 4, 8)})
+            | {('batch', f'FLUX.1-dev 1024², batch {b}'): partial(cost_rows, b*flux, (14,),
+                                                                  (torch.bfloat16,), device, room)
+               for b in (1, 2, 4, 8)})

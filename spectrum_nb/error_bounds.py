@@ -48,12 +48,14 @@ class RidgeBound:
     @property
     def total(self): return self.truncation + self.bias + self.amplified
 
+# %% ../nbs/02_error_bounds.ipynb #e26ef402
 def check_case(tau, lam, noise):
     "Raise a `ValueError` unless there is a pass, λ ≥ 0 and η ≥ 0"
     if np.size(tau) == 0: raise ValueError('a forecast needs at least one pass')
     for name, value in (('lam', lam), ('noise', noise)):
         if not value >= 0: raise ValueError(f'{name} must be at least 0, not {value}')
 
+# %% ../nbs/02_error_bounds.ipynb #25a25ca6
 def ridge_bound(
     tau,            # [K] times of the passes, in [-1, 1]
     rho:float,      # ρ > 1, parameter of an ellipse that h is analytic in
@@ -69,7 +71,9 @@ def ridge_bound(
     eps, root = truncation_bound(degree, rho, size), np.sqrt(degree + 1)
     coefficients = size*np.sqrt(1 + 4*(float(rho)**(-2*np.arange(1, degree + 1))).sum())
     gain = min(1/s if s else np.inf, .5/np.sqrt(lam) if lam else np.inf)
-    return RidgeBound(eps, root*(lam/(s*s + lam) if s or lam else 1.)*coefficients, root*gain*np.sqrt(len(X))*(eps + noise))
+    return RidgeBound(eps,
+                      root*(lam/(s*s + lam) if s or lam else 1.)*coefficients,
+                      root*gain*np.sqrt(len(X))*(eps + noise))
 
 # %% ../nbs/02_error_bounds.ipynb #849a779d
 def ridge_bound_at(
@@ -84,8 +88,11 @@ def ridge_bound_at(
     "The same bound with nothing estimated by norms: ε + B|β_0| + Σ_m 2Bρ^−m|β_m| + ‖a‖₁(ε + η), β = λφA⁻¹; a `ValueError` for λ = 0 and K ≤ M"
     check_case(tau, lam, noise)
     X, phi, P = basis(tau, degree), basis(tau_next, degree), degree + 1
-    if lam == 0 and len(X) < P: raise ValueError(f'lam=0 leaves degree {degree} undetermined by {len(X)} passes: use lam > 0 or at least {P} passes')
-    inverse = np.linalg.pinv(np.vstack([X, np.sqrt(lam)*np.eye(P)]))        # [P, K + P]: makes a of values, and β/√λ of the penalty's rows
+    if lam == 0 and len(X) < P:
+        raise ValueError(
+            f'lam=0 leaves degree {degree} undetermined by {len(X)} passes: use lam > 0 or at least {P} passes')
+    # [P, K + P]: makes a of values, and β/√λ of the penalty's rows
+    inverse = np.linalg.pinv(np.vstack([X, np.sqrt(lam)*np.eye(P)]))
     a, beta = phi @ inverse[:, :len(X)], np.sqrt(lam)*(phi @ inverse[:, len(X):])
     eps, largest = truncation_bound(degree, rho, size), size*np.where(np.arange(P) == 0, 1, 2)*float(rho)**-np.arange(P)
     return RidgeBound(eps + 0*beta[..., 0], np.abs(beta) @ largest, np.abs(a).sum(-1)*(eps + noise))
@@ -100,6 +107,7 @@ def ellipse_norm(
     m = np.arange(float(n_coefficients))
     return np.where(m == 0, 1, (float(rho)**(2*m) + float(rho)**(-2*m))/4)
 
+# %% ../nbs/02_error_bounds.ipynb #61356a8a
 def worst_case(
     weights,      # [K] weights of a forecast, or [R, K]
     tau,          # [K] times of the passes, in [-1, 1]

@@ -31,9 +31,12 @@ def run_features(
     "The features of full runs, all of them: what the head is given for the caption, step by step"
     seen = {}
     def watch(context, step, feature):
-        if context != 'uncond': seen[step] = feature[0].detach()[-len(captions):].double().cpu()      # of guidance in one batch, the second half
+        if context != 'uncond':
+            # of guidance in one batch, the second half
+            seen[step] = feature[0].detach()[-len(captions):].double().cpu()
     with apply_spectrum(pipe, Plan(range(n_steps), np.eye(n_steps)), measure=False, watch=watch):
-        samples = pipe(prompt=list(captions), num_inference_steps=n_steps, generator=[torch.Generator().manual_seed(int(s)) for s in seeds], output_type='np', **call)[0]
+        samples = pipe(prompt=list(captions), num_inference_steps=n_steps,
+                       generator=[torch.Generator().manual_seed(int(s)) for s in seeds], output_type='np', **call)[0]
     h = torch.stack([seen[i] for i in range(n_steps)])
     return (h.flatten(3).mT if h.ndim == 5 else h).numpy(), samples
 
@@ -42,6 +45,7 @@ def rms(x, axis=None):
     "Root of the mean square"
     return np.sqrt(np.mean(np.square(x), axis))
 
+# %% ../nbs/34_features.ipynb #ff01368a
 def bends(
     h,       # [n, B, …] features
     s:int=1, # steps to either side
@@ -50,6 +54,7 @@ def bends(
     h = h.reshape(*h.shape[:2], -1)
     return rms(np.linalg.norm(h[2*s:] - 2*h[s:-s] + h[:-2*s], axis=-1)/np.linalg.norm(h[s:-s], axis=-1), 1)
 
+# %% ../nbs/34_features.ipynb #51b434f9
 def changes(
     h,  # [n, B, …] features
 ):      # [n − 1], root mean square over captions
@@ -57,6 +62,7 @@ def changes(
     h = h.reshape(*h.shape[:2], -1)
     return rms(np.linalg.norm(np.diff(h, axis=0), axis=-1)/np.linalg.norm(h[:-1], axis=-1), 1)
 
+# %% ../nbs/34_features.ipynb #8c8e6a58
 def fit(
     h,          # [n, B, …] features
     times,      # [n] in [-1, 1]
@@ -67,6 +73,7 @@ def fit(
     c = np.linalg.lstsq(X, h, rcond=None)[0]
     return rms(c, 1)/rms(h), rms(X @ c - h)/rms(h)
 
+# %% ../nbs/34_features.ipynb #dbd06d72
 def eigenvalues(
     h,  # [n, B, …] features
 ):      # [n] descending, summing to 1, means over captions
@@ -75,6 +82,7 @@ def eigenvalues(
     lines = np.linalg.svd(runs, compute_uv=False)**2
     return (lines/lines.sum(1, keepdims=True)).mean(0)
 
+# %% ../nbs/34_features.ipynb #6447e677
 def effective_rank(
     eigenvalues, # [n] descending
     share=.999,  # of their sum
@@ -82,6 +90,7 @@ def effective_rank(
     "How many dimensions hold a share of the power"
     return int(np.searchsorted(np.cumsum(eigenvalues)/np.sum(eigenvalues), share*(1 - 1e-12)) + 1)
 
+# %% ../nbs/34_features.ipynb #20b7ce6e
 def floors(
     h,       # [n, B, …] features
     passes,  # ascending steps
@@ -95,6 +104,7 @@ def floors(
         out.append(rest)
     return rms(out, 0)
 
+# %% ../nbs/34_features.ipynb #07e80d93
 def plan_errors(
     h,     # [n, B, places, channels] features
     plan,  # Plan
@@ -110,8 +120,10 @@ PLANS = {
     'lines 10': SpectrumConfig(NoiseSpaced(10), FORECASTERS['line']),
     'paper 10': BASES['paper 10']}
 SPANS = (1, 2, 3, 4, 6, 8)                                 # steps over which bends are measured
-SHARES = tuple(np.round(np.linspace(0, 1, 21), 2).tolist())  # of the channels, for the curve of their share of the error
+# of the channels, for the curve of their share of the error
+SHARES = tuple(np.round(np.linspace(0, 1, 21), 2).tolist())
 
+# %% ../nbs/34_features.ipynb #419ba631
 def features_bench(
     model:str,       # preset of a tiny model
     n_prompts:int=4, # held-out captions, a seed each, in one batch
@@ -119,23 +131,38 @@ def features_bench(
     n_steps:int=50,
 ):                   # list of rows: what, of which plan or axis, values
     "The curves of one model"
-    pipe = load_pipeline(model, device); pipe.set_progress_bar_config(disable=True)
+    pipe = load_pipeline(model, device)
+    pipe.set_progress_bar_config(disable=True)
     call = call_defaults(pipe, model)
     h, samples = run_features(pipe, held_captions(call, n_prompts), range(7000, 7000 + n_prompts), call, n_steps)
     levels, tau, rows = levels_of(pipe.scheduler), rescaled_time(np.arange(n_steps), n_steps), []
-    def add(what, values, of=''): rows.append(dict(what=what, of=of, values=[float(f'{x:.5g}') for x in np.ravel(values)]))
-    add('size', h.shape[2:]); add('change', changes(h)); add('bend', bends(h)); add('bends', [np.median(bends(h, s)) for s in SPANS])
-    add('spectrum', fit(h, tau, 14)[0]); add('fit', [fit(h, tau, m)[1] for m in range(15)])
+    def add(what, values, of=''):
+        rows.append(dict(what=what, of=of, values=[float(f'{x:.5g}') for x in np.ravel(values)]))
+    add('size', h.shape[2:])
+    add('change', changes(h))
+    add('bend', bends(h))
+    add('bends', [np.median(bends(h, s)) for s in SPANS])
+    add('spectrum', fit(h, tau, 14)[0])
+    add('fit', [fit(h, tau, m)[1] for m in range(15)])
     for axis in ('step', 'sigma', 'log-snr'): add('fit 4', fit(h, axis_times(levels, axis), 4)[1], axis)
     add('eigenvalues', eigenvalues(h))
     for name, config in PLANS.items():
-        plan = make_plan(config, n_steps, levels); error = plan_errors(h, plan)
-        add('passes', plan.passes, name); add('floor', floors(h, plan.passes), name)
+        plan = make_plan(config, n_steps, levels)
+        error = plan_errors(h, plan)
+        add('passes', plan.passes, name)
+        add('floor', floors(h, plan.passes), name)
         add('by step', rms(error, (1, 2, 3))/rms(h, (1, 2, 3)), name)
         by_channel = np.sort(np.square(error).sum((0, 1, 2)))[::-1]
-        add('by channel', np.interp(SHARES, np.arange(len(by_channel) + 1)/len(by_channel), np.append(0, np.cumsum(by_channel)/by_channel.sum())), name)
+        add(
+            'by channel',
+            np.interp(SHARES,
+                      np.arange(len(by_channel) + 1)/len(by_channel),
+                      np.append(0,
+                                np.cumsum(by_channel)/by_channel.sum())), name)
         frames = (call['num_frames'] - 1)//pipe.vae_scale_factor_temporal + 1 if 'num_frames' in call else 1
         map_ = rms(error[:, 0], (0, 2))/rms(h[:, 0])                       # of the first caption
         add('map', map_.reshape(frames, -1)[frames//2], name)              # of a clip, the latent frame in its middle
-    rows.append(dict(what='picture', of='', values=(np.clip(still(samples[0]), 0, 1)*255).round().astype(np.uint8).tobytes().hex()))
+    rows.append(
+        dict(what='picture', of='',
+             values=(np.clip(still(samples[0]), 0, 1)*255).round().astype(np.uint8).tobytes().hex()))
     return rows

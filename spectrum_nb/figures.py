@@ -13,12 +13,15 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 # %% ../nbs/00_figures.ipynb #42a3fff4
-STYLE = {'font.size': 9, 'axes.titlesize': 9, 'axes.titlelocation': 'left', 'axes.spines.top': False, 'axes.spines.right': False,
-         'axes.grid': False, 'lines.linewidth': 1.5, 'lines.markersize': 4, 'figure.dpi': 110, 'savefig.dpi': 110, 'legend.frameon': False,
-         'svg.hashsalt': 'spectrum_nb'}
+STYLE = {
+    'font.size': 9, 'axes.titlesize': 9, 'axes.titlelocation': 'left', 'axes.spines.top': False,
+    'axes.spines.right': False, 'axes.grid': False, 'lines.linewidth': 1.5, 'lines.markersize': 4, 'figure.dpi': 110,
+    'savefig.dpi': 110, 'legend.frameon': False, 'svg.hashsalt': 'spectrum_nb'
+}
+METHODS = dict(full='#222222', chebyshev='#0b62a4', linear='#d1495b', blend='#7b3fa0', taylor='#e08e1b',
+               reuse='#8a8a8a', steps='#2e8b57')
 
-METHODS = dict(full='#222222', chebyshev='#0b62a4', linear='#d1495b', blend='#7b3fa0', taylor='#e08e1b', reuse='#8a8a8a', steps='#2e8b57')
-
+# %% ../nbs/00_figures.ipynb #7c292c66
 def new_figure(
     n_cols:int=1,       # panels side by side
     height:float=2.6,   # inches
@@ -28,10 +31,12 @@ def new_figure(
     "A figure of the width of a page; `METHODS` are the colours"
     return plt.subplots(n_rows, n_cols, figsize=(7.2, height), layout='constrained', **kwargs)
 
+# %% ../nbs/00_figures.ipynb #29eaa916
 def use_style():
     "Draw in the style of this package from here on; for notebooks"
     plt.rcParams.update(STYLE)
 
+# %% ../nbs/00_figures.ipynb #b528404a
 def in_style(f):
     "Decorator: `f` draws in the style of this package and leaves the settings as they were"
     @wraps(f)
@@ -39,6 +44,7 @@ def in_style(f):
         with plt.rc_context(STYLE): return f(*args, **kwargs)
     return styled
 
+# %% ../nbs/00_figures.ipynb #b8fed392
 @contextmanager
 def whole_file(
     path,  # where the file goes; folders are made as needed
@@ -52,6 +58,7 @@ def whole_file(
         part.replace(path)
     finally: part.unlink(missing_ok=True)
 
+# %% ../nbs/00_figures.ipynb #92d238fc
 def save_figure(
     fig,   # a matplotlib figure
     path,  # where it goes

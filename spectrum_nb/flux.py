@@ -27,8 +27,8 @@ def word_tokenizer(
     tok.normalizer, tok.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
     tok.post_processor = processors.TemplateProcessing(single='<s> $A </s>', special_tokens=[('<s>', 1), ('</s>', 3)])
     tok.add_tokens(list(phrases))
-    return PreTrainedTokenizerFast(tokenizer_object=tok, model_max_length=max_length, pad_token='<pad>', bos_token='<s>',
-                                   eos_token='</s>', unk_token='<unk>')
+    return PreTrainedTokenizerFast(tokenizer_object=tok, model_max_length=max_length, pad_token='<pad>',
+                                   bos_token='<s>', eos_token='</s>', unk_token='<unk>')
 
 # %% ../nbs/10_flux.ipynb #0759dc2c
 def small_clip(
@@ -38,9 +38,12 @@ def small_clip(
     kind=CLIPTextModel,  # the class, with or without projection
 ):                       # CLIP text encoder with random weights
     "A CLIP text encoder at toy size"
-    return kind(CLIPTextConfig(hidden_size=width, intermediate_size=4*width, num_hidden_layers=n_layers, num_attention_heads=width//16,
-                               max_position_embeddings=tokenizer.model_max_length, projection_dim=width, **special_tokens(tokenizer)))
+    return kind(
+        CLIPTextConfig(hidden_size=width, intermediate_size=4*width, num_hidden_layers=n_layers,
+                       num_attention_heads=width//16, max_position_embeddings=tokenizer.model_max_length,
+                       projection_dim=width, **special_tokens(tokenizer)))
 
+# %% ../nbs/10_flux.ipynb #55e72a81
 def small_t5(
     tokenizer,              # from `word_tokenizer`
     width:int,              # channels; a head has 16 of them
@@ -48,19 +51,24 @@ def small_t5(
     kind=T5EncoderModel,    # the class
 ):                          # T5 text encoder with random weights
     "A T5 text encoder at toy size"
-    return kind(kind.config_class(d_model=width, d_ff=4*width, d_kv=16, num_layers=n_layers, num_heads=width//16, dropout_rate=0.,
-                                  decoder_start_token_id=0, **special_tokens(tokenizer)))
+    return kind(
+        kind.config_class(d_model=width, d_ff=4*width, d_kv=16, num_layers=n_layers, num_heads=width//16,
+                          dropout_rate=0., decoder_start_token_id=0, **special_tokens(tokenizer)))
 
+# %% ../nbs/10_flux.ipynb #67f4f4cb
 def special_tokens(tokenizer):
     "What the config of a text encoder must know of a `word_tokenizer`"
     return dict(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=3)
 
+# %% ../nbs/10_flux.ipynb #cfd5ab9e
 def start_as_identity(
     denoiser,  # a transformer with adaptive norms, changed in place
 ):
     "adaLN-zero: every block starts as the identity, the output as zero"
     for name, p in denoiser.named_parameters():
-        if '.linear.' in name and 'norm' in name or name.startswith('proj_out') or 'time_proj' in name or 'scale_shift_table' in name: torch.nn.init.zeros_(p)
+        if '.linear.' in name and 'norm' in name or name.startswith(
+                'proj_out') or 'time_proj' in name or 'scale_shift_table' in name:
+            torch.nn.init.zeros_(p)
 
 # %% ../nbs/10_flux.ipynb #ddfda582
 def new_tiny_flux(
@@ -77,11 +85,13 @@ def new_tiny_flux(
     torch.manual_seed(seed)
     tokenizer = word_tokenizer(words, max_length)
     clip, t5 = small_clip(tokenizer, text_width), small_t5(tokenizer, text_width)
-    vae = AutoencoderKL(block_out_channels=(32, 64, 64), layers_per_block=1, latent_channels=4, norm_num_groups=8, sample_size=side,
-                        down_block_types=('DownEncoderBlock2D',)*3, up_block_types=('UpDecoderBlock2D',)*3, shift_factor=0.)
+    vae = AutoencoderKL(block_out_channels=(32, 64, 64), layers_per_block=1, latent_channels=4, norm_num_groups=8,
+                        sample_size=side, down_block_types=('DownEncoderBlock2D',)*3,
+                        up_block_types=('UpDecoderBlock2D',)*3, shift_factor=0.)
     head_dim = 32
-    denoiser = FluxTransformer2DModel(in_channels=16, num_layers=n_double, num_single_layers=n_single, attention_head_dim=head_dim,
-                                      num_attention_heads=width//head_dim, joint_attention_dim=text_width, pooled_projection_dim=text_width,
+    denoiser = FluxTransformer2DModel(in_channels=16, num_layers=n_double, num_single_layers=n_single,
+                                      attention_head_dim=head_dim, num_attention_heads=width//head_dim,
+                                      joint_attention_dim=text_width, pooled_projection_dim=text_width,
                                       guidance_embeds=True, axes_dims_rope=(8, 12, 12))
     start_as_identity(denoiser)
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=.5, max_shift=1.15, shift=3.)
@@ -100,10 +110,12 @@ def flux_velocity(
     pooled, seq = embeds
     ids = pipe._prepare_latent_image_ids(B, h//2, w//2, latents.device, latents.dtype)
     packed = pipe._pack_latents(latents, B, C, h, w)
-    out = pipe.transformer(hidden_states=packed, timestep=sigma, guidance=guidance, pooled_projections=pooled, encoder_hidden_states=seq,
-                           txt_ids=torch.zeros(seq.shape[1], 3), img_ids=ids, return_dict=False)[0]
+    out = pipe.transformer(hidden_states=packed, timestep=sigma,
+                           guidance=guidance, pooled_projections=pooled, encoder_hidden_states=seq, txt_ids=torch.zeros(
+                               seq.shape[1], 3), img_ids=ids, return_dict=False)[0]
     return out.view(B, h//2, w//2, C, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(B, C, h, w)
 
+# %% ../nbs/10_flux.ipynb #8f7dd0c6
 def flux_embeds(pipe, captions):
     "(pooled, sequence) embeddings of `captions`, with gradients, as the pipeline's own `encode_prompt` computes them"
     return pipe.encode_prompt(captions, captions, max_sequence_length=pipe.tokenizer_2.model_max_length)[1::-1]

@@ -138,7 +138,8 @@ class DampedLine:
 @dataclass(frozen=True)
 class SteadyLine:
     "The straight line through the last two passes, followed as far as the run at hand lets it"
-    trust:float=2.   # d = base + trust · ρ, clipped to [0, 1]; ρ is the change that came, in units of what the line promised
+    # d = base + trust · ρ, clipped to [0, 1]; ρ is the change that came, in units of what the line promised
+    trust:float=2.
     base:float=.5    # d where nothing of the promised change came
     first:float=.5   # d before any ratio is known
     memory:int=2     # the smallest of so many latest ratios counts
@@ -215,12 +216,14 @@ def check_forecaster(
                         f'(known, steps, n_steps) -> weights [R, K], not {forecaster!r}')
     return forecaster
 
+# %% ../nbs/03_forecast.ipynb #2b1b954f
 def name_of(
     setting,  # schedule or forecaster
 ):            # str
     "What a schedule or forecaster is called in tables; a function goes by its own name"
     return getattr(setting, 'name', None) or getattr(setting, '__name__', type(setting).__name__)
 
+# %% ../nbs/03_forecast.ipynb #543dafcb
 def repr_of(
     setting,  # dataclass
 ):            # str

@@ -81,10 +81,13 @@ def hard_methods(
                 warnings.simplefilter('ignore')
                 configs['calibrated'] = shipped_calibration(model, n_steps, published).plan(k)
         if speedup == speedups[0]:
-            configs['stable-diffusion.cpp'] = plan_from(sd_cpp_passes(n_steps), n_steps, Blend(.4, Chebyshev(3, 1.)), 'sd.cpp')
+            configs['stable-diffusion.cpp'] = plan_from(sd_cpp_passes(n_steps), n_steps, Blend(.4, Chebyshev(3, 1.)),
+                                                        'sd.cpp')
         methods[speedup] = [Method('plain steps', k, None, own)]
         if second is not own: methods[speedup].append(Method('second-order steps', k, None, second))
-        methods[speedup] += [Method(name, n_steps, config, own) for name, config in configs.items() if config is not None]
+        methods[speedup] += [
+            Method(name, n_steps, config, own) for name, config in configs.items() if config is not None
+        ]
         methods[speedup] += [Method(name, n_steps, config, own, 'residual') for name, config in residuals.items()]
     return methods
 
@@ -138,6 +141,7 @@ def score(
 # %% ../nbs/33b_hard.ipynb #05dee3ac
 SPEEDUPS = 2.5, 3.5, 5.
 
+# %% ../nbs/33b_hard.ipynb #7746e7eb
 def hard_cell(
     model:str,          # preset of a tiny model
     guidance:float,     # guidance scale
@@ -162,11 +166,12 @@ def hard_cell(
             rows.append(known[key] | dict(speedup=speedup, method=method.name))
     return rows
 
-
 # %% ../nbs/33b_hard.ipynb #d93fd6ad
-PUBLISHED = {name: find_preset(name).published for name in TINY}      # guidance scales of the checkpoints they are twins of
+# guidance scales of the checkpoints they are twins of
+PUBLISHED = {name: find_preset(name).published for name in TINY}
 LENGTHS = 50, 28, 20, 12
 
+# %% ../nbs/33b_hard.ipynb #61b0b745
 def hard_jobs(
     n_prompts:int=32,  # held-out captions, a seed each
     device='cpu',
@@ -177,14 +182,17 @@ def hard_jobs(
     for place, kind, n_steps, model in product(range(3), KINDS, LENGTHS, models):
         published = PUBLISHED[model]
         guidance = (published, 2.5, 7.5 if published != 7 else 5.)[place]
-        jobs[model, f'guidance {guidance:g}, {kind}, {n_steps} steps'] = partial(hard_cell, model, guidance, kind, n_steps, n_prompts, device)
+        jobs[model, f'guidance {guidance:g}, {kind}, {n_steps} steps'] = partial(hard_cell, model, guidance, kind,
+                                                                                 n_steps, n_prompts, device)
     return jobs
 
 # %% ../nbs/33b_hard.ipynb #5f8658db
 FORMS = {'reuse': Newton(0), 'line': Newton(1), 'parabola': Newton(2), 'damped line': DampedLine(.5),
          'blend w=0.15': Blend(.15), 'ridge w=0.5': Blend(.5), 'ridge w=1': Chebyshev()}
-SET_UPS = (('tiny-flux', 3.5), ('tiny-hunyuan', 6.), ('tiny-sd3', 4.5), ('tiny-sd3', 7.), ('tiny-sdxl', 5.), ('tiny-sdxl', 7.5), ('tiny-wan', 5.))
+SET_UPS = (('tiny-flux', 3.5), ('tiny-hunyuan', 6.), ('tiny-sd3', 4.5), ('tiny-sd3', 7.), ('tiny-sdxl', 5.),
+           ('tiny-sdxl', 7.5), ('tiny-wan', 5.))
 
+# %% ../nbs/33b_hard.ipynb #32c09fdd
 def forms_cell(
     model:str,          # preset of a tiny model
     guidance:float,     # guidance scale
@@ -201,7 +209,8 @@ def forms_cell(
     for schedule, (name, forecaster) in product((Even(), NoiseSpaced(), Growing()), FORMS.items()):
         plan = make_plan(config_for_passes(n_passes, 50, schedule, forecaster=forecaster), 50, sigmas)
         samples, _ = run(Method(name, 50, plan, own))
-        rows.append(dict(schedule=schedule.name.split()[0], forecaster=name, passes=plan.passes) | score(samples, full, None))
+        rows.append(
+            dict(schedule=schedule.name.split()[0], forecaster=name, passes=plan.passes) | score(samples, full, None))
     return [dict(sigmas=[round(s, 6) for s in sigmas])] + rows
 
 # %% ../nbs/33b_hard.ipynb #d7c654ab
@@ -214,10 +223,15 @@ def forms_jobs(
             for k, (model, guidance) in product((10, 14), SET_UPS)}
 
 # %% ../nbs/33b_hard.ipynb #168c126a
-EARLY = {'noise, power 1': NoiseQuantiles(10, power=1.), 'noise, power 0.5': NoiseQuantiles(10, power=.5), 'default': NoiseQuantiles(10),
-         'even': NoiseQuantiles(10, power=0.), 'power 1.2': PowerSpaced(10, power=1.2, warmup=1), 'power 1.5': PowerSpaced(10, power=1.5, warmup=1),
-         'power 1.5, three early': PowerSpaced(10), 'power 2, three early': PowerSpaced(10, power=2.), "paper's, five early": Growing(alpha=3.)}
+EARLY = {
+    'noise, power 1': NoiseQuantiles(10, power=1.), 'noise, power 0.5': NoiseQuantiles(10, power=.5),
+    'default': NoiseQuantiles(10), 'even': NoiseQuantiles(10,
+                                                          power=0.), 'power 1.2': PowerSpaced(10, power=1.2, warmup=1),
+    'power 1.5': PowerSpaced(10, power=1.5, warmup=1), 'power 1.5, three early': PowerSpaced(10),
+    'power 2, three early': PowerSpaced(10, power=2.), "paper's, five early": Growing(alpha=3.)
+}
 
+# %% ../nbs/33b_hard.ipynb #adc8e942
 def early_cell(
     model:str,        # preset of a tiny model
     kind:str,         # a word in KINDS
@@ -242,11 +256,13 @@ def early_jobs(
     device='cpu',
 ):                     # {(model, kind): function without arguments that makes its rows}
     "The cells of the table of early and late schedules"
-    return {(model, kind): partial(early_cell, model, kind, n_prompts, device) for kind, model in product(('captions', 'empty'), TINY)}
+    return {(model, kind): partial(early_cell, model, kind, n_prompts, device)
+            for kind, model in product(('captions', 'empty'), TINY)}
 
 # %% ../nbs/33b_hard.ipynb #4676ce13
 FEW = 3, 4, 5, 6, 8, 10
 
+# %% ../nbs/33b_hard.ipynb #a4167cb7
 def few_cell(
     model:str,        # preset of a tiny model
     n_steps:int,      # steps of the full run
@@ -267,4 +283,5 @@ def few_jobs(
     device='cpu',
 ):                     # {(model, length): function without arguments that makes its rows}
     "The cells of the table of small budgets"
-    return {(model, f'{n} steps'): partial(few_cell, model, n, n_prompts, device) for n, model in product((20, 28), TINY)}
+    return {(model, f'{n} steps'): partial(few_cell, model, n, n_prompts, device)
+            for n, model in product((20, 28), TINY)}

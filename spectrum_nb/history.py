@@ -15,6 +15,7 @@ from torch.nn import functional as F
 # %% ../nbs/06_history.ipynb #c44b4caf
 BLOCK = 2048    # elements of a block of the table
 
+# %% ../nbs/06_history.ipynb #a4a54cc7
 def in_two(
     weights,  # [K] float64 tensor
     dtype,    # of the features
@@ -23,6 +24,7 @@ def in_two(
     high = weights.to(dtype)
     return high if high.element_size() > 2 else torch.cat([high, (weights - high.double()).to(dtype)])
 
+# %% ../nbs/06_history.ipynb #705cafac
 def weighted_sum(
     features,  # [K, *shape] contiguous tensor of any floating dtype
     weights,   # [K] sequence of float weights
@@ -59,10 +61,14 @@ class History:
         if last_use[step] <= step: return
         feature = feature.detach()
         if self.buffer is not None and (feature.shape, feature.dtype) != (self.buffer.shape[1:], self.buffer.dtype):
-            raise ValueError(f'a feature of shape {tuple(feature.shape)}, {feature.dtype} does not fit a history of {tuple(self.buffer.shape[1:])}, {self.buffer.dtype}')
+            raise ValueError(
+                f'a feature of shape {tuple(feature.shape)}, {feature.dtype} does not fit a history of '
+                f'{tuple(self.buffer.shape[1:])}, {self.buffer.dtype}'
+            )
         if self.buffer is None:
             self.home, away = feature.device, self.device == 'cpu' and feature.device.type != 'cpu'
-            self.buffer = torch.empty((self.plan.capacity, *feature.shape), dtype=feature.dtype, device='cpu' if away else self.home, pin_memory=away)
+            self.buffer = torch.empty((self.plan.capacity, *feature.shape), dtype=feature.dtype,
+                                      device='cpu' if away else self.home, pin_memory=away)
         slot = next(s for s in range(self.plan.capacity) if s not in self.slots.values())
         self.buffer[slot].copy_(feature)
         self.slots[step], self.filled = slot, max(self.filled, slot + 1)
@@ -83,7 +89,8 @@ class History:
         if not steps or not self.slots.keys() >= set(steps): return None
         row = np.zeros(self.filled)
         for s in steps: row[self.slots[s]] = weights[s]
-        return weighted_sum(self.buffer[:self.filled], row).to(self.home)      # one feature travels, however many are kept
+        # one feature travels, however many are kept
+        return weighted_sum(self.buffer[:self.filled], row).to(self.home)
 
     def damped(self,
         weights,  # [n] row of the plan's weights or checks
@@ -95,7 +102,8 @@ class History:
         reused, added = self.forecast(weights), self.forecast(slope)
         if reused is None or added is None: return None
         d = damping.to(reused.device, torch.promote_types(reused.dtype, torch.float32))
-        if len(reused) % len(d): d = d.min().repeat(len(reused))          # rows of the feature are not rows of the sample
+        if len(reused) % len(d):
+            d = d.min().repeat(len(reused))          # rows of the feature are not rows of the sample
         d = d.repeat_interleave(len(reused)//len(d)).view(-1, *[1]*(reused.ndim - 1))
         return torch.addcmul(reused.to(d.dtype), added.to(d.dtype), d).to(reused.dtype)
 

@@ -39,17 +39,20 @@ from .plan import Plan, SpectrumConfig, make_plan
 @dataclass(frozen=True)
 class RunStats:
     "What one finished run did in one context"
-    context:str      # name of the context, `''` where the pipeline names none; behind the denoiser's where there are several
+    # name of the context, `''` where the pipeline names none; behind the denoiser's where there are several
+    context:str
     n_steps:int      # steps of the run, or of the denoiser's share of it
     passes:list      # steps at which all blocks ran
     fallbacks:dict   # {step: why it ran in full though the plan had a forecast, or why the history was begun anew}
     errors:dict      # {pass: relative L2 error that the forecast of its feature would have had}
     nbytes:int=0     # memory of the history at its largest
-    ratios:dict=field(default_factory=dict)   # {pass: the least change of velocity that came, in units of what a line had promised}; see `Steadiness`
+    # {pass: the least change of velocity that came, in units of what a line had promised}; see `Steadiness`
+    ratios:dict=field(default_factory=dict)
 
     @property
     def n_passes(self): return len(self.passes)
 
+# %% ../nbs/09_hook.ipynb #62b5eaa8
 def unsteady_from(
     stats,  # RunStats
 ):          # step, or None where the run was steady
@@ -61,8 +64,10 @@ def unsteady_from(
     for k in range(len(steps) - 3):
         if all(b > 1.1*a for a, b in zip(errors[k:], errors[k + 1:])) and errors[-1] > .2: return steps[k]
 
+# %% ../nbs/09_hook.ipynb #3d688fb6
 UNSTEADY = 'the run was unsteady from step {} on: its forecasts and the denoiser push each other from side to side. Give it more passes, or less guidance; or take {} plain steps, which cost the same'
 
+# %% ../nbs/09_hook.ipynb #33e9ef19
 def passes_of(
     stats,  # list of RunStats of one run
 ):          # {context: sorted steps}, of all denoisers together
@@ -71,10 +76,12 @@ def passes_of(
     for s in stats: out.setdefault(s.context.rsplit('/')[-1], []).extend(s.passes)
     return {c: sorted(set(p)) for c, p in out.items()}
 
+# %% ../nbs/09_hook.ipynb #a3445e79
 def is_finite(x):
     "Whether a tensor has neither infinities nor NaN; one pass over it, no copy"
     return not x.numel() or all(math.isfinite(end.item()) for end in torch.aminmax(x.detach()))
 
+# %% ../nbs/09_hook.ipynb #b83b9861
 def narrowest(
     feature,    # tensor that a head was given
     signature,  # of the sample that the denoiser was given
@@ -82,14 +89,17 @@ def narrowest(
     "The precision of the model, where its head is given a wider copy of what the blocks returned (Wan's is given float32); else the feature's own"
     told = signature and len(signature) == 3 and isinstance(signature[1], torch.dtype)
     dtype = signature[1] if told else feature.dtype
-    return dtype if dtype.is_floating_point and dtype.itemsize < feature.dtype.itemsize and torch.equal(feature.to(dtype).to(feature.dtype), feature) else feature.dtype
+    return dtype if dtype.is_floating_point and dtype.itemsize < feature.dtype.itemsize and torch.equal(
+        feature.to(dtype).to(feature.dtype), feature) else feature.dtype
 
+# %% ../nbs/09_hook.ipynb #dd43a7f4
 def relative_error(forecast, truth):
     "‖forecast − truth‖ / ‖truth‖ of all tensors of a feature together; the forecasts are overwritten"
     norm = lambda x: torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
     total = lambda xs: torch.stack([norm(x).cpu() for x in xs]).norm() if len(xs) > 1 else norm(xs[0])
     return total([h.sub_(t.detach()) for h, t in zip(forecast, truth)])/total([t.detach() for t in truth])
 
+# %% ../nbs/09_hook.ipynb #7281a510
 @dataclass(frozen=True)
 class Report:
     "What the finished runs of a handle did: as text, as a table on a page, as a figure"
@@ -108,7 +118,8 @@ class Report:
                 *[[text(v) for v in r.values()] for r in self.rows()]]
 
     def __str__(self):
-        cells = self._cells(); width = [max(map(len, column)) for column in zip(*cells)]
+        cells = self._cells()
+        width = [max(map(len, column)) for column in zip(*cells)]
         return '\n'.join(['  '.join(f'{c:>{w}}' for c, w in zip(row, width)) for row in cells] + self.notes())
 
     def notes(self):
@@ -138,6 +149,7 @@ class Report:
         if ax.get_legend_handles_labels()[0]: ax.legend()
         return ax
 
+# %% ../nbs/09_hook.ipynb #890f455b
 class Run:
     "One run in one context while it lasts"
     def __init__(self,
@@ -157,7 +169,8 @@ class Run:
         self.tolerance, self.device, self.measure, self.thread = tolerance, device, measure, get_ident()
         self.meshes, self.watch, self.sigmas, self.whole = meshes, watch, sigmas, whole
         self.began, self.called, self.differentiable, self.adapters = 0, 0, False, None
-        self.passes, self.fallbacks, self.errors, self.forced, self.nbytes, self.signature, self.kinds = [], {}, {}, set(), 0, None, None
+        self.passes, self.fallbacks, self.errors, self.forced, self.nbytes, self.signature, self.kinds = [], {}, {}, set(
+        ), 0, None, None
         self.begin(plan, 0)
 
     def begin(self, plan, start):
@@ -220,8 +233,10 @@ class Run:
         if self.plan.is_pass[i - self.start]:
             for history, x in zip(self.histories, feature): history.store(i - self.start, x)
         self.nbytes = max(self.nbytes, sum(h.nbytes for h in self.histories))
-        if self.tolerance is not None and i in self.errors and i + 1 < self.n_steps and not self.plan.is_pass[i + 1 - self.start] and self.in_any((e := self.errors[i].item()) > self.tolerance):
-            self.forced.add(i + 1); self.fallbacks[i + 1] = f'the error measured at step {i}, {e:.2g}, is above the tolerance'
+        if self.tolerance is not None and i in self.errors and i + 1 < self.n_steps and not self.plan.is_pass[
+                i + 1 - self.start] and self.in_any((e := self.errors[i].item()) > self.tolerance):
+            self.forced.add(i + 1)
+            self.fallbacks[i + 1] = f'the error measured at step {i}, {e:.2g}, is above the tolerance'
         return True
 
     @torch.compiler.disable
@@ -247,11 +262,12 @@ class Calls(namedtuple('Calls', 'key step time n before unsure checked', default
     @property
     def foreign(self): return self.checked and self.n != self.before
 
+# %% ../nbs/09_hook.ipynb #9f6b9e9c
 IN_DOUBT = 'more calls at step {} than before it: a pass, which tells whether they are of one run'
 FOREIGN = 'a call at an earlier step was of another run: new history'
-
 FOR_BLOCKS = re.compile('.*additional_residuals?|controlnet.*(samples|states|residuals?)|block_controlnet_.*')
 
+# %% ../nbs/09_hook.ipynb #206cb339
 def residuals_of(
     names,  # of the parameters of a denoiser's `forward`
 ):          # those that a ControlNet or an adapter fills
@@ -271,6 +287,7 @@ class NoGradient(torch.autograd.Function):
                            'run every step in full, by SpectrumConfig(speedup=1), '
                            'or remove() the handle before')
 
+# %% ../nbs/09_hook.ipynb #689f8d12
 def without_gradient(
     out,     # what a denoiser returned, in any form
     sources, # tensors with gradients from which the blocks would have made it: parameters, arguments
@@ -279,6 +296,7 @@ def without_gradient(
     sources = sources or [torch.zeros((), requires_grad=True)]
     return pytree.tree_map(lambda x: NoGradient.apply(x, *sources) if is_feature(x) else x, out)
 
+# %% ../nbs/09_hook.ipynb #2b2b82a6
 def with_gradient(tensors):
     "Those of some tensors, and other things, that require a gradient"
     return [x for x in tensors if isinstance(x, torch.Tensor) and x.requires_grad]
@@ -287,10 +305,12 @@ def with_gradient(tensors):
 # whose wrappers and hooks are known to be harmless
 LIBRARIES = ('torch', 'diffusers', 'accelerate', 'transformers', 'peft', 'torchao', 'deepspeed', 'spectrum_nb')
 
+# %% ../nbs/09_hook.ipynb #69687ce6
 def is_known(function):
     "Whether a function is of a library whose wrappers keep what they wrap"
     return str(getattr(function, '__module__', '')).split('.')[0] in LIBRARIES
 
+# %% ../nbs/09_hook.ipynb #5c80208e
 def innermost(
     module,  # denoiser
 ):           # function or method
@@ -302,6 +322,7 @@ def innermost(
         forward = forward.func
     return getattr(forward, '__func__', forward)
 
+# %% ../nbs/09_hook.ipynb #418d7b61
 def foreign_forward(
     module,  # denoiser
 ):           # (name of what was put in place of its `forward`, whether it is surely a replacement), or None
@@ -317,6 +338,7 @@ def foreign_forward(
                                    or any(f'/{lib}/' in Path(code.co_filename).as_posix() for lib in LIBRARIES))
     return None if beside else (f'a wrapper from {code.co_filename if code else own!r}', False)
 
+# %% ../nbs/09_hook.ipynb #75cc5deb
 def check_forward(
     module,  # denoiser
     feature, # `'hidden'` or `'output'`
@@ -330,6 +352,7 @@ def check_forward(
                            f"cache); if it only computes the same faster, feature='output' works with it")
     warnings.warn(f'{said}; make sure that it runs the blocks at every call', stacklevel=4)
 
+# %% ../nbs/09_hook.ipynb #888d68d6
 def readers_of(
     blocks,  # list of nn.Module
 ):           # (names of attention processors that keep maps, names of hooks)
@@ -341,6 +364,7 @@ def readers_of(
              if inspect.isfunction(h) and not is_known(h)}
     return sorted(keepers), sorted(hooks)
 
+# %% ../nbs/09_hook.ipynb #acb225db
 def adapters_of(
     module,  # denoiser
     layer,   # one of its adapted layers, or None
@@ -351,6 +375,7 @@ def adapters_of(
     on = tuple(layer.active_adapters), layer.disable_adapters, tuple(layer.merged_adapters)
     return loaded, *on, tuple(getattr(layer, 'scaling', {}).items())
 
+# %% ../nbs/09_hook.ipynb #c566ce61
 def adapted_layer(module):
     "The first layer that peft adapted, or None"
     return next((m for m in module.modules() if hasattr(m, 'base_layer') and hasattr(m, 'merged_adapters')), None)
@@ -363,13 +388,17 @@ def signature_of(value):
     # autocast makes the same of any dtype
     return tuple(value.shape), None if torch.is_autocast_enabled(value.device.type) else value.dtype, value.device
 
+# %% ../nbs/09_hook.ipynb #932cf7b7
 class Reference(HookFunctionReference):
     "Diffusers' pointer to what Spectrum calls: when a hook beneath is taken away, `forward` is set anew, and that must not replace Spectrum"
     forward = property(lambda self: self.spectrum, lambda self, value: setattr(self, 'original_forward', value))
 
     @classmethod
-    def of(cls, ref): ref.spectrum = vars(ref).pop('forward'); ref.__class__ = cls
+    def of(cls, ref):
+        ref.spectrum = vars(ref).pop('forward')
+        ref.__class__ = cls
 
+# %% ../nbs/09_hook.ipynb #2b22062b
 def meshes_of(
     module,  # denoiser
 ):           # tuple of device meshes
@@ -379,21 +408,23 @@ def meshes_of(
                                                                   if hasattr(p, 'device_mesh')]
     return tuple(dict.fromkeys(found))
 
+# %% ../nbs/09_hook.ipynb #53e36c47
 def forget_compiled(module):
     "What Dynamo compiled of `forward` is not used any more: its guards do not look at the hooks of the heads"
     forward = type(module).forward
     while forward:
-        torch._C._dynamo.eval_frame.reset_code(forward.__code__); forward = getattr(forward, '__wrapped__', None)
+        torch._C._dynamo.eval_frame.reset_code(forward.__code__)
+        forward = getattr(forward, '__wrapped__', None)
 
+# %% ../nbs/09_hook.ipynb #71c53bee
 FULLGRAPH = ('Spectrum decides at each call which blocks run, so a denoiser as a whole is no single graph; '
              'compile its blocks, denoiser.compile_repeated_blocks(fullgraph=True), or leave fullgraph out')
-
 SAME_TIME = ('{} calls carried the same time ({!r}), and a repeated time is another call of the same step: '
              'nothing is saved. Give each step its time')
-
 MORE_STEPS = ('this run has more than the {} steps that were said: those beyond run in full. '
               'Apply Spectrum with n_steps=… of the longest')
 
+# %% ../nbs/09_hook.ipynb #44e06acb
 class SpectrumHook(ModelHook):
     "Runs a denoiser in full or skips its blocks, as the plan of the run says"
     _is_stateful = True
@@ -488,7 +519,8 @@ class SpectrumHook(ModelHook):
                     self.begin_anew(r, step, step, FOREIGN)
         elif moment.anew: self.begin_anew(run, step, step, moment.anew)
         elif calls.checked and step < run.n_steps and not run.plan.is_pass[step - run.start] and step not in run.forced:
-            run.forced.add(step); run.fallbacks[step] = IN_DOUBT.format(last.step)
+            run.forced.add(step)
+            run.fallbacks[step] = IN_DOUBT.format(last.step)
         return run, step, moment
 
     def check_time(self, before, time):
@@ -545,7 +577,9 @@ class SpectrumHook(ModelHook):
         if self.callers.setdefault('now', get_ident()) != get_ident():
             raise RuntimeError(TWO_THREADS.format(type(module).__name__))
         try: return self.step(module, *args, **kwargs)
-        finally: self.callers.clear(); self.seen = self.given = None
+        finally:
+            self.callers.clear()
+            self.seen = self.given = None
 
     @torch.compiler.disable(recursive=False)
     def step(self, module, *args, **kwargs):
@@ -612,8 +646,9 @@ class SpectrumHook(ModelHook):
         embedded = {k: self.seen[name][0] for name, k in run.heads.items()}
         for k, x in enumerate(feature):
             if embedded[k].shape != x.shape:
-                raise ValueError(f'{type(module).__name__} has no residual: its blocks are given {tuple(embedded[k].shape)} '
-                                 f"and its head {tuple(x.shape)}; use feature='hidden'")
+                raise ValueError(
+                    f'{type(module).__name__} has no residual: its blocks are given {tuple(embedded[k].shape)} '
+                    f"and its head {tuple(x.shape)}; use feature='hidden'")
         return [x - embedded[k].to(x.dtype) for k, x in enumerate(feature)]
 
     def without_leads(self, args, kwargs):
@@ -646,10 +681,12 @@ class SpectrumHook(ModelHook):
         if not run.differentiable and not given: return out
         return without_gradient(out, [*with_gradient(module.parameters()), *given])
 
+# %% ../nbs/09_hook.ipynb #b575da9c
 def is_feature(x):
     "Whether a part of an output is forecast; anything else is handed on as the last pass left it"
     return isinstance(x, torch.Tensor) and x.is_floating_point()
 
+# %% ../nbs/09_hook.ipynb #05d7f347
 TWO_THREADS = 'this {} is in the middle of a call in another thread: histories would mix; let one call end before the next begins, or give each thread a pipeline and a denoiser of its own'
 
 # %% ../nbs/09_hook.ipynb #5f12e085
@@ -658,6 +695,7 @@ DENOISERS = 'transformer', 'transformer_2', 'unconditional_transformer', 'unet'
 # where they hold none under those: StableCascade, Kandinsky, Shap-E
 ELSEWHERE = 'prior', 'decoder'
 
+# %% ../nbs/09_hook.ipynb #e601e74c
 @contextmanager
 def beneath_offloading(
     module,  # nn.Module
@@ -669,6 +707,7 @@ def beneath_offloading(
     finally:
         if outer: module._old_forward, module.forward = module.forward, outer
 
+# %% ../nbs/09_hook.ipynb #949a2862
 def own_registry(
     module,  # denoiser
 ):           # what it had before: a HookRegistry, or None
@@ -681,6 +720,7 @@ def own_registry(
         module._diffusers_hook = HookRegistry(module)
     return before
 
+# %% ../nbs/09_hook.ipynb #070facbc
 class SwapWatch:
     "Looks, when a pipeline begins its loop, whether it still holds the denoisers that are hooked"
     def __init__(self,
@@ -704,6 +744,7 @@ class SwapWatch:
         if self.former is None: del pipe.progress_bar
         else: pipe.progress_bar = self.former
 
+# %% ../nbs/09_hook.ipynb #ed6912cf
 class ShellWatch:
     "Looks, at the first call of a wrapper, whether it calls what it wraps, or computes by itself with its blocks"
     def __init__(self,
@@ -729,6 +770,7 @@ class ShellWatch:
         "Stop looking"
         while self.handles: self.handles.pop().remove()
 
+# %% ../nbs/09_hook.ipynb #01796877
 class SpectrumHandle:
     "Spectrum on one pipeline or denoiser; leaving the `with` block, or `remove()`, puts everything back"
     def __init__(self, config, feature='hidden', history_device='same', measure=True, watch=None, anatomy=None):
@@ -755,7 +797,9 @@ class SpectrumHandle:
 
     def warn_once(self, text):
         "Warn, unless it was said before"
-        if text not in self._said: self._said.add(text); warnings.warn(text, stacklevel=2)
+        if text not in self._said:
+            self._said.add(text)
+            warnings.warn(text, stacklevel=2)
 
     def check_readers(self, run, module, anatomy):
         "A `RuntimeError` if somebody reads the attention maps of blocks that a run is to skip; a warning if hooks wait for them"
@@ -780,9 +824,9 @@ class SpectrumHandle:
         plan = make_plan(self.config.share(n_steps/whole) if whole else self.config, n_steps, sigmas)
         # once for each length: plans are kept
         if len(plan.passes) == n_steps and not rest and not self.all_wanted(n_steps):
-            warnings.warn(f'a run of {n_steps} steps is no longer than the passes that {self.config.schedule!r} gives it: '
-                          'every step is a full pass, nothing is saved; give a number of passes to have fewer',
-                          stacklevel=2)
+            warnings.warn(
+                f'a run of {n_steps} steps is no longer than the passes that {self.config.schedule!r} gives it: '
+                'every step is a full pass, nothing is saved; give a number of passes to have fewer', stacklevel=2)
         return plan
 
     def all_wanted(self, n_steps):
@@ -960,6 +1004,7 @@ def apply_spectrum(
         raise
     return handle
 
+# %% ../nbs/09_hook.ipynb #7692d7af
 def find_denoisers(pipe):
     "{attribute: denoiser} of a pipeline"
     held = lambda names: {n: unwrapped(m) for n in names if isinstance(m := getattr(pipe, n, None), nn.Module)}

@@ -21,10 +21,13 @@ def inflate(
     flat = picture_vae.state_dict()
     with torch.no_grad():
         for name, w in video_vae.state_dict().items():
-            source = flat[name if name in flat else name.replace('.conv.weight', '.weight').replace('.conv.bias', '.bias')]     # causal convolutions are wrapped
+            # causal convolutions are wrapped
+            source = flat[name if name in
+                          flat else name.replace('.conv.weight', '.weight').replace('.conv.bias', '.bias')]
             if source.shape == w.shape: w.copy_(source)
             else: w.zero_()[:, :, -1].copy_(source)
 
+# %% ../nbs/13_hunyuan_video.ipynb #0abee31c
 def new_tiny_hunyuan(
     words,                # vocabulary of the captions
     vae,                  # AutoencoderKL, to be inflated
@@ -38,23 +41,33 @@ def new_tiny_hunyuan(
 ):                        # HunyuanVideoPipeline
     "A `HunyuanVideoPipeline` of the published classes at toy size, with random weights but for its autoencoder"
     torch.manual_seed(seed)
-    tokenizer, tokenizer_2 = word_tokenizer(words, max_length, phrases), word_tokenizer(words, 77, phrases)     # the pipeline pads CLIP's tokens to 77
-    llama = LlamaModel(LlamaConfig(hidden_size=text_width, intermediate_size=2*text_width, num_hidden_layers=4, num_attention_heads=text_width//16,   # its last two layers are not read
+    # the pipeline pads CLIP's tokens to 77
+    tokenizer, tokenizer_2 = word_tokenizer(words, max_length, phrases), word_tokenizer(words, 77, phrases)
+    # its last two layers are not read
+    llama = LlamaModel(LlamaConfig(hidden_size=text_width, intermediate_size=2*text_width, num_hidden_layers=4,
+                                   num_attention_heads=text_width//16,
                                    max_position_embeddings=512, **special_tokens(tokenizer)))
     widths, channels = vae.config.block_out_channels, vae.config.latent_channels
-    video_vae = AutoencoderKLHunyuanVideo(latent_channels=channels, block_out_channels=widths, layers_per_block=vae.config.layers_per_block, norm_num_groups=vae.config.norm_num_groups,
-                                          spatial_compression_ratio=2**(len(widths) - 1), down_block_types=('HunyuanVideoDownBlock3D',)*len(widths),
-                                          up_block_types=('HunyuanVideoUpBlock3D',)*len(widths), scaling_factor=1.)
+    video_vae = AutoencoderKLHunyuanVideo(
+        latent_channels=channels, block_out_channels=widths, layers_per_block=vae.config.layers_per_block,
+        norm_num_groups=vae.config.norm_num_groups, spatial_compression_ratio=2**(len(widths) - 1),
+        down_block_types=('HunyuanVideoDownBlock3D',)*len(widths),
+        up_block_types=('HunyuanVideoUpBlock3D',)*len(widths), scaling_factor=1.)
     inflate(video_vae, vae)
     head_dim = width//4
-    denoiser = HunyuanVideoTransformer3DModel(in_channels=channels, out_channels=channels, num_attention_heads=4, attention_head_dim=head_dim, num_layers=n_double, num_single_layers=n_single,
-                                              num_refiner_layers=1, text_embed_dim=text_width, pooled_projection_dim=text_width, rope_axes_dim=(4, (head_dim - 4)//2, (head_dim - 4)//2))
+    denoiser = HunyuanVideoTransformer3DModel(
+        in_channels=channels, out_channels=channels, num_attention_heads=4, attention_head_dim=head_dim,
+        num_layers=n_double, num_single_layers=n_single, num_refiner_layers=1, text_embed_dim=text_width,
+        pooled_projection_dim=text_width, rope_axes_dim=(4, (head_dim - 4)//2, (head_dim - 4)//2))
     start_as_identity(denoiser)
-    return HunyuanVideoPipeline(llama, tokenizer, denoiser, video_vae, FlowMatchEulerDiscreteScheduler(shift=7.), small_clip(tokenizer_2, text_width), tokenizer_2)
+    return HunyuanVideoPipeline(llama, tokenizer, denoiser, video_vae, FlowMatchEulerDiscreteScheduler(shift=7.),
+                                small_clip(tokenizer_2, text_width), tokenizer_2)
 
 # %% ../nbs/13_hunyuan_video.ipynb #6ca48020
-CAPTION_ONLY = dict(template='{}', crop_start=0)    # in place of the instructions for Llama, which a vocabulary of words has no tokens for
+# in place of the instructions for Llama, which a vocabulary of words has no tokens for
+CAPTION_ONLY = dict(template='{}', crop_start=0)
 
+# %% ../nbs/13_hunyuan_video.ipynb #0d7ca674
 def hunyuan_velocity(
     pipe,       # HunyuanVideoPipeline
     latents,    # [B, C, f, h, w] noisy latents
@@ -64,8 +77,12 @@ def hunyuan_velocity(
 ):              # [B, C, f, h, w] velocity, noise − data
     "One call of the denoiser as `HunyuanVideoPipeline` makes it"
     sequence, pooled, mask = embeds
-    return pipe.transformer(latents, timestep=1000*sigma, encoder_hidden_states=sequence, encoder_attention_mask=mask.to(sequence.dtype), pooled_projections=pooled, guidance=1000*guidance, return_dict=False)[0]
+    return pipe.transformer(latents, timestep=1000*sigma, encoder_hidden_states=sequence,
+                            encoder_attention_mask=mask.to(sequence.dtype), pooled_projections=pooled,
+                            guidance=1000*guidance, return_dict=False)[0]
 
+# %% ../nbs/13_hunyuan_video.ipynb #3f0a0077
 def hunyuan_embeds(pipe, captions):
     "(sequence, pooled, mask) embeddings of `captions`, with gradients, as the pipeline's own `encode_prompt` computes them"
-    return pipe.encode_prompt(captions, prompt_template=CAPTION_ONLY, max_sequence_length=pipe.tokenizer.model_max_length)
+    return pipe.encode_prompt(captions, prompt_template=CAPTION_ONLY,
+                              max_sequence_length=pipe.tokenizer.model_max_length)

@@ -39,9 +39,13 @@ def strip_methods(
         plans = all_plans(calibration, k)
         if k >= 10: methods.append(Method('paper', n, plans['paper, w = 0.5'], own))
         methods += [Method(name, n, plans[name], own) for name in ('noise rule', 'calibrated')]
-        methods += [Method('fewer steps', k, None, own), *([Method('UniPC steps', k, None, second)] if second is not own else [])]
+        methods += [
+            Method('fewer steps', k, None, own),
+            *([Method('UniPC steps', k, None, second)] if second is not own else [])
+        ]
     return methods
 
+# %% ../nbs/35_images.ipynb #c68640bd
 def draw_strips(
     model:str,           # preset of a tiny model
     n_samples:int=8,     # held-out captions, a seed each
@@ -52,13 +56,19 @@ def draw_strips(
     pipe = load_pipeline(model, 'cpu')
     call = call_defaults(pipe, model)
     captions = held_captions(call, n_samples)
-    results = run_methods(pipe, captions, range(first_seed, first_seed + n_samples), call, strip_methods(pipe, shipped_calibration(model, n_steps)))
+    results = run_methods(pipe, captions, range(first_seed, first_seed + n_samples), call,
+                          strip_methods(pipe, shipped_calibration(model, n_steps)))
     full = results[0]['samples']
-    return [r | dict(psnr=finite_mean(fidelity(a, b)['psnr'] for a, b in zip(r['samples'], full))) for r in results], captions
+    return [r | dict(psnr=finite_mean(fidelity(a, b)['psnr'] for a, b in zip(r['samples'], full)))
+            for r in results], captions
 
 # %% ../nbs/35_images.ipynb #a605614e
-COLOURS = {'full run': 'full', 'paper': 'blend', 'noise rule': 'chebyshev', 'calibrated': 'chebyshev', 'fewer steps': 'steps', 'UniPC steps': 'steps'}
+COLOURS = {
+    'full run': 'full', 'paper': 'blend', 'noise rule': 'chebyshev', 'calibrated': 'chebyshev', 'fewer steps': 'steps',
+    'UniPC steps': 'steps'
+}
 
+# %% ../nbs/35_images.ipynb #5b76a73b
 @in_style
 def strip_figure(
     results,    # list of dicts: name, passes, psnr, samples
@@ -74,28 +84,44 @@ def strip_figure(
     for top, row in zip(tops, shown):
         for k, x in enumerate(row): sheet[top:top + height, k*(width + gap):][:, :width] = x
     fig, ax = new_figure(height=5.9*sheet.shape[0]/sheet.shape[1] + .75)
-    ax.imshow(sheet, interpolation='nearest'); ax.axis('off')
+    ax.imshow(sheet, interpolation='nearest')
+    ax.axis('off')
     for top, r in zip(tops, results):
         said = dict(y=top + height/2, va='center', color=METHODS[COLOURS.get(r['name'], 'full')])
         ax.text(-2*gap, s=r['name'], ha='right', fontsize=7.5, **said)
-        ax.text(sheet.shape[1] + 2*gap, s=f'{r["passes"]} passes' + (f'\n{r["psnr"]:.1f} dB' if np.isfinite(r['psnr']) else ''), fontsize=7, **said)
-    for k, head in enumerate(heads): ax.text(k*(width + gap) + width/2, -gap, '\n'.join(textwrap.wrap(head, 17)), ha='center', va='bottom', fontsize=5.5)
+        ax.text(sheet.shape[1] + 2*gap,
+                s=f'{r["passes"]} passes' + (f'\n{r["psnr"]:.1f} dB' if np.isfinite(r['psnr']) else ''), fontsize=7,
+                **said)
+    for k, head in enumerate(heads):
+        ax.text(k*(width + gap) + width/2, -gap, '\n'.join(textwrap.wrap(head, 17)), ha='center', va='bottom',
+                fontsize=5.5)
     if title: fig.suptitle(title, x=.01, ha='left', fontsize=9)
     return fig
 
+# %% ../nbs/35_images.ipynb #1e545213
 def differences(
     results,  # list of dicts, the first being the reference
     factor,   # how many times the difference is amplified
 ):            # the same with |difference to the first| × factor, cut at 1, in place of all samples but the first's
     "What each method does to the samples, made visible"
     full = results[0]['samples']
-    return [results[0], *[r | dict(samples=[np.clip(factor*np.abs(a - b), 0, 1) for a, b in zip(r['samples'], full)]) for r in results[1:]]]
+    return [
+        results[0], *[
+            r | dict(samples=[np.clip(factor*np.abs(a - b), 0, 1) for a, b in zip(r['samples'], full)])
+            for r in results[1:]
+        ]
+    ]
 
 # %% ../nbs/35_images.ipynb #6a751fc7
 WAYS = [f'{name}-{k}' for name in ('paper', 'default', 'calibrated', 'steps') for k in (14, 10)]
-PUBLISHED = {'flux-paper-14': dict(speedup=3.47, psnr=24.32, ssim=.854, lpips=.217), 'flux-paper-10': dict(speedup=4.79, psnr=22.21, ssim=.788, lpips=.261),
-             'hunyuan-paper-14': dict(speedup=3.36), 'hunyuan-paper-10': dict(speedup=4.56), 'wan14b-paper-14': dict(speedup=3.40, psnr=22.78), 'wan14b-paper-10': dict(speedup=4.67, psnr=21.24)}
+PUBLISHED = {
+    'flux-paper-14': dict(speedup=3.47, psnr=24.32, ssim=.854,
+                          lpips=.217), 'flux-paper-10': dict(speedup=4.79, psnr=22.21, ssim=.788, lpips=.261),
+    'hunyuan-paper-14': dict(speedup=3.36), 'hunyuan-paper-10': dict(speedup=4.56),
+    'wan14b-paper-14': dict(speedup=3.40, psnr=22.78), 'wan14b-paper-10': dict(speedup=4.67, psnr=21.24)
+}
 
+# %% ../nbs/35_images.ipynb #04ad47d2
 def real_row(
     name,                  # model and way, as flux-paper-14
     folder='results/real', # where `spectrum-nb compare` has written
@@ -105,8 +131,10 @@ def real_row(
     if not path.is_file(): return {}
     said = json.loads(path.read_text(encoding='utf-8'))
     (ours, full), passes = said['seconds'], said['passes'][0]
-    return dict(pairs=said['pairs'], passes=passes, seconds=ours, speedup=full/ours, psnr=said['psnr'], ssim=said['ssim'])
+    return dict(pairs=said['pairs'], passes=passes, seconds=ours, speedup=full/ours, psnr=said['psnr'],
+                ssim=said['ssim'])
 
+# %% ../nbs/35_images.ipynb #f89fe01b
 def real_table(
     models,                # presets
     folder='results/real', # where `spectrum-nb compare` has written
@@ -114,8 +142,13 @@ def real_table(
     "What was measured with real checkpoints, and what the paper reports"
     digits = dict(pairs='.0f', passes='.0f', seconds='.2f', speedup='.2f', psnr='.2f', ssim='.3f', lpips='.3f')
     cells = lambda said, *names: ' | '.join('' if said.get(n) is None else f'{said[n]:{digits[n]}}' for n in names)
-    row = lambda m, way: f'| {m if way == WAYS[0] else ""} | {way} | ' + cells(real_row(f'{m}-{way}', folder), 'pairs', 'passes', 'seconds', 'speedup', 'psnr', 'ssim') + ' | ' + (cells(PUBLISHED.get(f'{m}-{way}', {}), 'speedup', 'psnr', 'ssim', 'lpips')) + ' |'
-    return Markdown('\n'.join(['| model | | samples | passes | seconds | speed-up | PSNR | SSIM | published: speed-up | PSNR | SSIM | LPIPS |', '|---|---|' + '---:|'*10, *[row(m, way) for m in models for way in WAYS]]))
+    row = lambda m, way: f'| {m if way == WAYS[0] else ""} | {way} | ' + cells(real_row(
+        f'{m}-{way}', folder), 'pairs', 'passes', 'seconds', 'speedup', 'psnr', 'ssim') + ' | ' + (cells(
+            PUBLISHED.get(f'{m}-{way}', {}), 'speedup', 'psnr', 'ssim', 'lpips')) + ' |'
+    return Markdown('\n'.join([
+        '| model | | samples | passes | seconds | speed-up | PSNR | SSIM | published: speed-up | PSNR | SSIM | LPIPS |',
+        '|---|---|' + '---:|'*10, *[row(m, way) for m in models for way in WAYS]
+    ]))
 
 # %% ../nbs/35_images.ipynb #e0f2f3bc
 def command_lines(
@@ -123,8 +156,13 @@ def command_lines(
 ):             # list of str
     "The lines that begin with `spectrum-nb` in the text blocks of a notebook"
     cells = json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
-    return [line for c in cells if c['cell_type'] == 'markdown' for block in re.findall(r'^```\w*\n(.*?)^```', ''.join(c['source']), re.S | re.M) for line in block.splitlines() if line.startswith('spectrum-nb ')]
+    return [
+        line for c in cells if c['cell_type'] == 'markdown'
+        for block in re.findall(r'^```\w*\n(.*?)^```', ''.join(c['source']), re.S | re.M)
+        for line in block.splitlines() if line.startswith('spectrum-nb ')
+    ]
 
+# %% ../nbs/35_images.ipynb #5ca90a77
 def rehearsal(
     line,          # a command line for a real checkpoint, with $M for its name
     twin,          # tiny model
@@ -137,6 +175,7 @@ def rehearsal(
         if word == '--passes': words[i + 1] = ','.join(map(small, words[i + 1].split(',')))
     return words + {'run': ['--limit', '2'], 'calibrate': ['--limit', '2', '--trials', '1']}.get(words[0], [])
 
+# %% ../nbs/35_images.ipynb #738ba2a3
 def rehearse(
     lines,     # command lines
     twin,      # tiny model

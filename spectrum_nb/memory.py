@@ -32,6 +32,7 @@ class RunSize:
     output:tuple    # shape of what the denoiser returns
     contexts:int=1  # calls a step
 
+# %% ../nbs/17_memory.ipynb #9fb9631d
 SIZES = (
     RunSize('FLUX.1-dev 1024²', (1, 4096, 3072), (1, 4096, 64)),
     RunSize('SD3.5-Large 1024²', (2, 4096, 2432), (2, 16, 128, 128)),

@@ -19,6 +19,7 @@ def as_array(image):
     a = np.asarray(image)
     return a/255. if a.dtype == np.uint8 else a.astype(np.float64)
 
+# %% ../nbs/22_metrics.ipynb #43c521c0
 def psnr(
     image,      # picture: PIL, [h, w, 3] in [0, 1] or bytes
     reference,  # picture of the same size
@@ -27,6 +28,7 @@ def psnr(
     a, b = paired(image, reference)
     return float('inf') if np.array_equal(a, b) else float(peak_signal_noise_ratio(b, a, data_range=1.))
 
+# %% ../nbs/22_metrics.ipynb #5c72706e
 def ssim(
     image,      # picture: PIL, [h, w, 3] in [0, 1] or bytes
     reference,  # picture of the same size
@@ -35,6 +37,7 @@ def ssim(
     a, b = paired(image, reference)
     return float(structural_similarity(b, a, data_range=1., channel_axis=-1))
 
+# %% ../nbs/22_metrics.ipynb #d1fda758
 def relative_l2(
     x,          # array or picture
     reference,  # of the same shape
@@ -43,12 +46,15 @@ def relative_l2(
     a, b = paired(x, reference)
     return float(np.linalg.norm(a - b)/np.linalg.norm(b))
 
+# %% ../nbs/22_metrics.ipynb #362ab6e8
 def paired(a, b):
     "Both as float arrays; a `ValueError` if their shapes differ"
     a, b = as_array(a), as_array(b)
-    if a.shape != b.shape: raise ValueError(f'cannot compare samples of shapes {a.shape} and {b.shape}: make them of one size first')
+    if a.shape != b.shape:
+        raise ValueError(f'cannot compare samples of shapes {a.shape} and {b.shape}: make them of one size first')
     return a, b
 
+# %% ../nbs/22_metrics.ipynb #94c9a542
 def still(sample):
     "The picture, or the frame in the middle of a clip"
     return sample if np.ndim(sample) == 3 else sample[len(sample)//2]
@@ -63,11 +69,13 @@ def fidelity(
     pairs = list(zip(sample, reference)) if sample.ndim == 4 else [(sample, reference)]
     return {f.__name__: finite_mean([f(a, b) for a, b in pairs]) for f in (psnr, ssim, relative_l2)}
 
+# %% ../nbs/22_metrics.ipynb #5a21b24b
 def finite_mean(values, otherwise=float('inf')):
     "Mean of the finite numbers among `values`, so that one equal pair does not make a mean PSNR infinite; `otherwise` if there is none"
     values = [v for v in values if v is not None and np.isfinite(v)]
     return float(np.mean(values)) if values else otherwise
 
+# %% ../nbs/22_metrics.ipynb #9a511680
 def quality(
     samples,        # pictures or clips
     references,     # as many, the full run's of the same prompts and seeds
@@ -77,8 +85,12 @@ def quality(
     each = [fidelity(a, b) for a, b in zip(samples, references, strict=True)]
     scores = {k: np.array([s[k] for s in each]) for k in each[0]}
     out = {k: finite_mean(v) for k, v in scores.items()}
-    out |= {f'{k}_std': float(v[np.isfinite(v)].std()) if np.isfinite(v).any() else float('nan') for k, v in scores.items() if k != 'relative_l2'}
-    if captions is not None: out['agreement'] = (clip_agreement if np.ndim(samples[0]) == 4 else caption_agreement)(samples, captions)
+    out |= {
+        f'{k}_std': float(v[np.isfinite(v)].std()) if np.isfinite(v).any() else float('nan') for k, v in scores.items()
+        if k != 'relative_l2'
+    }
+    if captions is not None:
+        out['agreement'] = (clip_agreement if np.ndim(samples[0]) == 4 else caption_agreement)(samples, captions)
     return out
 
 # %% ../nbs/22_metrics.ipynb #d67d2ed7
@@ -89,7 +101,8 @@ def lpips_metric(
     try: import lpips
     except ImportError: return None
     net = lpips.LPIPS(net='alex', verbose=False).eval().to(device)
-    def tensor(sample): return torch.from_numpy(np.moveaxis(np.atleast_1d(sample), -1, -3)).float().mul(2).sub(1).to(device)
+    def tensor(sample):
+        return torch.from_numpy(np.moveaxis(np.atleast_1d(sample), -1, -3)).float().mul(2).sub(1).to(device)
     @torch.no_grad()
     def distance(sample, reference):
         a, b = (tensor(x if x.ndim == 4 else x[None]) for x in paired(sample, reference))

@@ -39,12 +39,14 @@ def takes(
             for name, said in docments(giver, full=True, returns=False).items():
                 if name == 'self' or said.default is inspect.Parameter.empty: continue
                 anno = said.anno if isinstance(said.anno, Param) else Param(said.docment, said.anno)
-                more[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=said.default, annotation=anno)
+                more[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=said.default,
+                                               annotation=anno)
         named = {p.name for p in own}
         f.__signature__ = inspect.Signature([*own, *(p for name, p in more.items() if name not in named)])
         return f
     return decorate
 
+# %% ../nbs/38c_options.ipynb #43a893d6
 def picked(giver, kwargs):
     "Those of `kwargs` that are arguments of `giver`"
     return {k: v for k, v in kwargs.items() if k in inspect.signature(giver).parameters}
@@ -53,58 +55,73 @@ def picked(giver, kwargs):
 DTYPES = dict(float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16)
 OFFLOADS = 'none', 'model', 'sequential', 'group', 'auto'
 
+# %% ../nbs/38c_options.ipynb #25faa8de
 def torchao_config(name):
     "Weights by torchao"
     from diffusers import TorchAoConfig
     from torchao import quantization
     return TorchAoConfig(getattr(quantization, name)())
 
+# %% ../nbs/38c_options.ipynb #51cb4900
 def bitsandbytes_config(**settings):
     "Weights by bitsandbytes"
     from diffusers import BitsAndBytesConfig
     return BitsAndBytesConfig(**settings)
 
+# %% ../nbs/38c_options.ipynb #57fc4aa9
 def quanto_config(weights):
     "Weights by optimum-quanto"
     from diffusers import QuantoConfig
     return QuantoConfig(weights_dtype=weights)
 
+# %% ../nbs/38c_options.ipynb #ed67e0d3
 QUANTIZERS = {   # word: package, its name for pip, what makes the config
     'int8':        ('torchao', 'torchao', partial(torchao_config, 'Int8WeightOnlyConfig')),
     'int4':        ('torchao', 'torchao', partial(torchao_config, 'Int4WeightOnlyConfig')),
     'float8':      ('torchao', 'torchao', partial(torchao_config, 'Float8WeightOnlyConfig')),
     'bnb-int8':    ('bitsandbytes', 'bitsandbytes', partial(bitsandbytes_config, load_in_8bit=True)),
-    'bnb-nf4':     ('bitsandbytes', 'bitsandbytes', partial(bitsandbytes_config, load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=torch.bfloat16)),
+    'bnb-nf4':     ('bitsandbytes', 'bitsandbytes',
+                    partial(bitsandbytes_config, load_in_4bit=True, bnb_4bit_quant_type='nf4',
+                            bnb_4bit_compute_dtype=torch.bfloat16)),
     'quanto-int8': ('optimum.quanto', 'optimum-quanto', partial(quanto_config, 'int8')),
     'quanto-int4': ('optimum.quanto', 'optimum-quanto', partial(quanto_config, 'int4'))}
 
+# %% ../nbs/38c_options.ipynb #79cceae2
 def check_word(option, word, words):
     "Raise a `ValueError` that names the option unless the word is one of those"
     if word not in words: raise ValueError(f'--{option} must be one of {", ".join(words)}, not {word!r}')
 
+# %% ../nbs/38c_options.ipynb #34542ae1
 def is_there(package):
     "Whether a package is installed"
     try: return importlib.util.find_spec(package) is not None
     except ModuleNotFoundError: return False
 
+# %% ../nbs/38c_options.ipynb #ef1070f3
 def check_quantize(word):
     "Raise a `ValueError` for an unknown word, or one whose package is missing"
     check_word('quantize', word, QUANTIZERS)
     package, pip, _ = QUANTIZERS[word]
-    if not is_there(package): raise ValueError(f'--quantize {word} needs a package that is not installed: pip install {pip}')
+    if not is_there(package):
+        raise ValueError(f'--quantize {word} needs a package that is not installed: pip install {pip}')
 
 # %% ../nbs/38c_options.ipynb #1d8ef17c
 def check_scheduler(word):
     "Raise a `ValueError` unless diffusers has such a scheduler"
     if word != 'second-order' and scheduler_class(word) is None:
-        raise ValueError(f'--scheduler {word}: diffusers has none of that name; say second-order, or a class as UniPCMultistepScheduler')
+        raise ValueError(
+            f'--scheduler {word}: diffusers has none of that name; say second-order, or a class as '
+            f'UniPCMultistepScheduler'
+        )
 
+# %% ../nbs/38c_options.ipynb #108f8729
 def scheduler_class(word):
     "The class of a name, None if there is none"
     for name in (word, f'{word}Scheduler'):
         kind = getattr(diffusers, name, None)
         if inspect.isclass(kind) and issubclass(kind, SchedulerMixin): return kind
 
+# %% ../nbs/38c_options.ipynb #bba1aeb3
 def scheduler_of(
     word,  # `second-order` or the name of a class
     own,   # the model's scheduler
@@ -115,9 +132,15 @@ def scheduler_of(
     settings = inspect.signature(kind.__init__).parameters
     flow = 'FlowMatch' in type(own).__name__ or config.get('use_flow_sigmas', False)
     if flow and 'FlowMatch' not in kind.__name__:
-        if 'use_flow_sigmas' not in settings: raise ValueError(f'--scheduler {word} cannot sample a flow, and {type(own).__name__} is of one; choose one of the FlowMatch… or multistep schedulers')
-        config |= dict(use_flow_sigmas=True, prediction_type='flow_prediction', flow_shift=config.get('flow_shift') or config.get('shift') or 1.)
-    if not flow and 'FlowMatch' in kind.__name__: raise ValueError(f'--scheduler {word} is for flows, and {type(own).__name__} is of a diffusion; choose another')
+        if 'use_flow_sigmas' not in settings:
+            raise ValueError(
+                f'--scheduler {word} cannot sample a flow, and {type(own).__name__} is of one; choose one of the '
+                f'FlowMatch… or multistep schedulers'
+            )
+        config |= dict(use_flow_sigmas=True, prediction_type='flow_prediction', flow_shift=config.get('flow_shift')
+                       or config.get('shift') or 1.)
+    if not flow and 'FlowMatch' in kind.__name__:
+        raise ValueError(f'--scheduler {word} is for flows, and {type(own).__name__} is of a diffusion; choose another')
     if 'shift' in settings and 'flow_shift' in config: config['shift'] = config['flow_shift']
     return kind.from_config(config)
 
@@ -131,13 +154,16 @@ def read_loras(
         path, colon, scale = word.rpartition(':')
         if not colon or Path(word).exists(): path, scale = word, '1'
         try: strength = float(scale)
-        except ValueError: raise ValueError(f'--lora must be PATH or PATH:SCALE, and the scale of {word!r} is no number') from None
+        except ValueError:
+            raise ValueError(f'--lora must be PATH or PATH:SCALE, and the scale of {word!r} is no number') from None
         check_number('lora', strength, -100, Real, 100)
         where = Path(path).expanduser()
-        if not where.exists() and (path.count('/') != 1 or path[0] in './~' or where.suffix): raise ValueError(f'--lora: there is no {path!r} here')
+        if not where.exists() and (path.count('/') != 1 or path[0] in './~' or where.suffix):
+            raise ValueError(f'--lora: there is no {path!r} here')
         found.append((str(where) if where.exists() else path, strength))
     return found
 
+# %% ../nbs/38c_options.ipynb #2b5ac3c6
 def read_settings(
     pairs,  # list of 'name=value', or None
 ):          # dict
@@ -160,10 +186,12 @@ def choose_offload(
     sizes = list(sizes)
     return 'none' if sum(sizes) <= share*free else 'model' if max(sizes) <= share*free else 'group'
 
+# %% ../nbs/38c_options.ipynb #dd77c697
 def free_bytes(device):
     "Bytes that are free on a GPU; infinite on a CPU, which has the weights already"
     return torch.cuda.mem_get_info(device)[0] if str(device).startswith('cuda') else math.inf
 
+# %% ../nbs/38c_options.ipynb #b17567b3
 def place(
     pipe,    # pipeline, its weights on the host
     word,    # one of OFFLOADS
@@ -175,13 +203,17 @@ def place(
         word = choose_offload([sum(p.nbytes for p in m.parameters()) for m in parts], free_bytes(device))
     if word == 'model': pipe.enable_model_cpu_offload(device=device)
     elif word == 'sequential': pipe.enable_sequential_cpu_offload(device=device)
-    elif word == 'group': pipe.enable_group_offload(torch.device(device), offload_type='leaf_level', use_stream=str(device).startswith('cuda'))
+    elif word == 'group':
+        pipe.enable_group_offload(torch.device(device), offload_type='leaf_level',
+                                  use_stream=str(device).startswith('cuda'))
     else: pipe.to(device)
     return pipe
 
 # %% ../nbs/38c_options.ipynb #0a490281
-MOST = dict(steps=10_000, passes=10_000, trials=10_000, degree=1_000, prompts=10_000, seeds=10_000, limit=10**9, rounds=10_000, height=8_192, width=8_192, frames=10_000, fps=1_000, num=1_000)
+MOST = dict(steps=10_000, passes=10_000, trials=10_000, degree=1_000, prompts=10_000, seeds=10_000, limit=10**9,
+            rounds=10_000, height=8_192, width=8_192, frames=10_000, fps=1_000, num=1_000)
 
+# %% ../nbs/38c_options.ipynb #77219ad8
 def check_counts(low=1, **counts):
     "Raise unless every number that is given is an integer from `low` to the most there may be"
     for name, value in counts.items():
@@ -189,6 +221,7 @@ def check_counts(low=1, **counts):
         check_number(name, value, low, Integral)
         check_number(name, value, low, Integral, MOST[name])
 
+# %% ../nbs/38c_options.ipynb #2746f946
 def pipeline_class(
     model,  # a preset, a folder or a hub id
 ):          # class, or None where it is not one of diffusers'
@@ -203,17 +236,21 @@ def pipeline_class(
     else: return None
     return getattr(diffusers, name, None) if isinstance(name, str) else None
 
+# %% ../nbs/38c_options.ipynb #8b9eeb64
 def guidance_names(
     takes,     # names of the arguments of a pipeline's call
     call=(),   # arguments that are given by default
 ):             # list of the arguments that a guidance scale is
     "True guidance where a pipeline has it and its preset uses it, else the plain one, for both denoisers if there are two"
     if 'true_cfg_scale' in call and 'guidance_scale' not in call: return ['true_cfg_scale']
-    return [k for k in ('guidance_scale', 'guidance_scale_2') if k in takes and (k == 'guidance_scale' or k in call)] or [k for k in ('true_cfg_scale',) if k in takes]
+    return [k for k in ('guidance_scale', 'guidance_scale_2') if k in takes and (k == 'guidance_scale' or k in call)
+            ] or [k for k in ('true_cfg_scale',) if k in takes]
 
 # %% ../nbs/38c_options.ipynb #4bded2c5
-OURS = 'prompt', 'num_inference_steps', 'generator', 'output_type', 'return_dict', 'callback_on_step_end', 'latents', 'num_images_per_prompt', 'num_videos_per_prompt'     # arguments that commands give themselves
+# arguments that commands give themselves
+OURS = 'prompt', 'num_inference_steps', 'generator', 'output_type', 'return_dict', 'callback_on_step_end', 'latents', 'num_images_per_prompt', 'num_videos_per_prompt'
 
+# %% ../nbs/38c_options.ipynb #d5292207
 class SetUp:
     "A pipeline, how it is loaded and how it is called, in words; a `ValueError` names the option that cannot be"
     def __init__(self,
@@ -246,21 +283,25 @@ class SetUp:
 
     def check_words(self):
         "Numbers and words"
-        check_counts(steps=self.steps, height=self.height, width=self.width, frames=self.frames, fps=self.fps, num=self.num)
+        check_counts(steps=self.steps, height=self.height, width=self.width, frames=self.frames, fps=self.fps,
+                     num=self.num)
         if self.guidance is not None: check_number('guidance', self.guidance, 0, Real, 1_000)
         if self.dtype: check_word('dtype', self.dtype, DTYPES)
         check_word('offload', self.offload, OFFLOADS)
         if self.quantize: check_quantize(self.quantize)
         if self.scheduler: check_scheduler(self.scheduler)
-        if self.loras and not is_there('peft'): raise ValueError('--lora needs a package that is not installed: pip install peft')
+        if self.loras and not is_there('peft'):
+            raise ValueError('--lora needs a package that is not installed: pip install peft')
         if self.device: check_device(self.device)
-        if self.offload == 'sequential' and self.where == 'cpu': raise ValueError('--offload sequential is for a GPU, and the device is a CPU; leave it out')
+        if self.offload == 'sequential' and self.where == 'cpu':
+            raise ValueError('--offload sequential is for a GPU, and the device is a CPU; leave it out')
 
     def read_image(self):
         "The picture of a file, None where none is named"
         if not self.image: return None
         try: return Image.open(self.image).convert('RGB')
-        except (OSError, ValueError) as e: raise ValueError(f'--image {self.image} is no picture that can be read: {first_line(e)}') from None
+        except (OSError, ValueError) as e:
+            raise ValueError(f'--image {self.image} is no picture that can be read: {first_line(e)}') from None
 
     def check_call(self, kind):
         "Raise a `ValueError` for what the call of this class of pipelines does not have"
@@ -269,11 +310,17 @@ class SetUp:
         for option, name in needs.items():
             if getattr(self, option) not in (None, '') and name not in takes:
                 raise ValueError(f'--{option}: {kind.__name__} takes no {name}; leave it out, or choose another model')
-        if self.guidance is not None and not guidance_names(takes, called) and not guider_of(kind): raise ValueError(f'--guidance: {kind.__name__} takes no guidance scale; leave it out')
+        if self.guidance is not None and not guidance_names(takes, called) and not guider_of(kind):
+            raise ValueError(f'--guidance: {kind.__name__} takes no guidance scale; leave it out')
         for name in self.settings:
             if name in OURS: raise ValueError(f'--set {name}: the command gives that itself; leave it out')
-            if name not in takes: raise ValueError(f'--set {name}: {kind.__name__} takes no such argument; it takes {", ".join(k for k in takes if k not in (*OURS, "self"))}')
-        if self.loras and not hasattr(kind, 'load_lora_weights'): raise ValueError(f'--lora: {kind.__name__} loads none; leave it out')
+            if name not in takes:
+                raise ValueError(
+                    f'--set {name}: {kind.__name__} takes no such argument; it takes '
+                    f'{", ".join(k for k in takes if k not in (*OURS, "self"))}'
+                )
+        if self.loras and not hasattr(kind, 'load_lora_weights'):
+            raise ValueError(f'--lora: {kind.__name__} loads none; leave it out')
 
     @property
     def where(self):
@@ -291,9 +338,11 @@ class SetUp:
         config = QUANTIZERS[self.quantize][2]() if self.quantize else None
         pipe = load_pipeline(self.model, self.where, DTYPES.get(self.dtype), quantization=config, placed=False)
         for i, (path, _) in enumerate(self.loras): pipe.load_lora_weights(path, adapter_name=f'lora{i}')
-        if self.loras: pipe.set_adapters([f'lora{i}' for i in range(len(self.loras))], [scale for _, scale in self.loras])
+        if self.loras:
+            pipe.set_adapters([f'lora{i}' for i in range(len(self.loras))], [scale for _, scale in self.loras])
         if self.scheduler: pipe.scheduler = scheduler_of(self.scheduler, pipe.scheduler)
-        if self.guidance is not None and guider_of(type(pipe)) and hasattr(pipe, 'guider'): pipe.guider = pipe.guider.new(guidance_scale=self.guidance)
+        if self.guidance is not None and guider_of(type(pipe)) and hasattr(pipe, 'guider'):
+            pipe.guider = pipe.guider.new(guidance_scale=self.guidance)
         place(pipe, self.offload, self.where)
         if self.compile:
             for denoiser in find_denoisers(pipe).values(): denoiser.compile_repeated_blocks()
@@ -302,11 +351,14 @@ class SetUp:
     def call(self, pipe):
         "Arguments of the call: the model's defaults, with what is given in their place; a `ValueError` for a side that leaves it nothing to draw"
         self.check_call(type(pipe))
-        least = 2*(getattr(pipe, 'vae_scale_factor_spatial', None) or getattr(pipe, 'vae_scale_factor', 1))         # denoisers take latents in pairs
+        # denoisers take latents in pairs
+        least = 2*(getattr(pipe, 'vae_scale_factor_spatial', None) or getattr(pipe, 'vae_scale_factor', 1))
         for name in ('height', 'width'):
-            if (side := getattr(self, name)) is not None and side < least: raise ValueError(f'{name} must be >= {least} for this model, two latents of its VAE, not {side}')
+            if (side := getattr(self, name)) is not None and side < least:
+                raise ValueError(f'{name} must be >= {least} for this model, two latents of its VAE, not {side}')
         call, takes = call_defaults(pipe, self.model, self.published), inspect.signature(pipe.__call__).parameters
-        said = dict(negative_prompt=self.negative, height=self.height, width=self.width, num_frames=self.frames, image=self.picture)
+        said = dict(negative_prompt=self.negative, height=self.height, width=self.width, num_frames=self.frames,
+                    image=self.picture)
         if self.guidance is not None: said |= dict.fromkeys(guidance_names(takes, call), self.guidance)
         return call | {k: v for k, v in said.items() if v is not None} | self.settings
 
@@ -316,9 +368,11 @@ class SetUp:
         out = []
         for name, value in self.given.items():
             if name == 'model' or value != defaults[name]:
-                for one in value if isinstance(value, list) else [value]: out.append(f'--{name}' if value is True else f'--{name} {shlex.quote(str(one))}')
+                for one in value if isinstance(value, list) else [value]:
+                    out.append(f'--{name}' if value is True else f'--{name} {shlex.quote(str(one))}')
         return ' '.join(out)
 
+# %% ../nbs/38c_options.ipynb #1dcafd69
 def guider_of(kind):
     "Whether the guidance of a class of pipelines is a part of its own, a guider"
     return 'guider' in inspect.signature(kind.__init__).parameters
@@ -331,4 +385,6 @@ def applied_of(
     "Checked; only those that differ from the default"
     check_word('feature', feature, ('hidden', 'residual', 'output'))
     check_word('history-device', history_device, ('same', 'cpu'))
-    return {k: v for k, v in dict(feature=feature, history_device=history_device).items() if v not in ('hidden', 'same')}
+    return {
+        k: v for k, v in dict(feature=feature, history_device=history_device).items() if v not in ('hidden', 'same')
+    }

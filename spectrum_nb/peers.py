@@ -16,8 +16,10 @@ from io import StringIO
 
 import numpy as np
 import torch
-from diffusers.hooks import (FasterCacheConfig, FirstBlockCacheConfig, HookRegistry, MagCacheConfig, PyramidAttentionBroadcastConfig, SeaCacheConfig, TaylorSeerCacheConfig,
-                             apply_faster_cache, apply_first_block_cache, apply_mag_cache, apply_pyramid_attention_broadcast, apply_sea_cache, apply_taylorseer_cache)
+from diffusers.hooks import (FasterCacheConfig, FirstBlockCacheConfig, HookRegistry, MagCacheConfig,
+                             PyramidAttentionBroadcastConfig, SeaCacheConfig, TaylorSeerCacheConfig, apply_faster_cache,
+                             apply_first_block_cache, apply_mag_cache, apply_pyramid_attention_broadcast,
+                             apply_sea_cache, apply_taylorseer_cache)
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
@@ -36,36 +38,51 @@ from .schedule import NoiseSpaced
 # %% ../nbs/32_peers.ipynb #d8f7dbca
 class FlopMode(TorchDispatchMode):
     "Adds up the operations of matrix products, convolutions and attentions while it is on"
-    def __init__(self): super().__init__(); self.total = 0
+    def __init__(self):
+        super().__init__()
+        self.total = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out, op = func(*args, **(kwargs or {})), func._overloadpacket
-        if op is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: self.total += sdpa_flop_count(*(x.shape for x in args[:3]))     # which torch's own table lacks
+        if op is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+            self.total += sdpa_flop_count(*(x.shape for x in args[:3]))     # which torch's own table lacks
         elif op in flop_registry: self.total += flop_registry[op](*args, **(kwargs or {}), out_val=out)
         return out
 
+# %% ../nbs/32_peers.ipynb #cc9441a9
 @contextmanager
 def counting(
     denoiser,  # nn.Module
 ):             # list to which every call of it appends its floating-point operations
     "Count the operations of every call of a denoiser"
     done, modes = [], []
-    def begin(*_): modes.append(FlopMode()); modes[-1].__enter__()
-    def end(*_): mode = modes.pop(); mode.__exit__(None, None, None); done.append(mode.total)
+    def begin(*_):
+        modes.append(FlopMode())
+        modes[-1].__enter__()
+    def end(*_):
+        mode = modes.pop()
+        mode.__exit__(None, None, None)
+        done.append(mode.total)
     watch = [denoiser.register_forward_pre_hook(begin), denoiser.register_forward_hook(end, always_call=True)]
     try: yield done
     finally: [w.remove() for w in watch]
 
 # %% ../nbs/32_peers.ipynb #aaed0da8
-CACHES = {FirstBlockCacheConfig: apply_first_block_cache, MagCacheConfig: apply_mag_cache, TaylorSeerCacheConfig: apply_taylorseer_cache, SeaCacheConfig: apply_sea_cache,
-          PyramidAttentionBroadcastConfig: apply_pyramid_attention_broadcast, FasterCacheConfig: apply_faster_cache}
+CACHES = {
+    FirstBlockCacheConfig: apply_first_block_cache, MagCacheConfig: apply_mag_cache,
+    TaylorSeerCacheConfig: apply_taylorseer_cache, SeaCacheConfig: apply_sea_cache,
+    PyramidAttentionBroadcastConfig: apply_pyramid_attention_broadcast, FasterCacheConfig: apply_faster_cache
+}
 
+# %% ../nbs/32_peers.ipynb #9cd17619
 def hooks_of(
     denoiser,  # nn.Module
 ):             # set of (module's name, hook's name)
     "The diffusers hooks on a denoiser and its parts"
-    return {(name, hook) for name, m in denoiser.named_modules() if hasattr(m, '_diffusers_hook') for hook in m._diffusers_hook.hooks}
+    return {(name, hook) for name, m in denoiser.named_modules() if hasattr(m, '_diffusers_hook')
+            for hook in m._diffusers_hook.hooks}
 
+# %% ../nbs/32_peers.ipynb #4414611f
 @contextmanager
 def cached(
     pipe,    # pipeline with one denoiser
@@ -77,14 +94,17 @@ def cached(
     before = hooks_of(denoiser)
     try:
         CACHES[type(config)](denoiser, config)
-        if not hooks_of(denoiser) - before: raise ValueError(f'{type(config).__name__[:-6]} finds no module that it knows in {type(denoiser).__name__}')
+        if not hooks_of(denoiser) - before:
+            raise ValueError(f'{type(config).__name__[:-6]} finds no module that it knows in {type(denoiser).__name__}')
         HookRegistry.check_if_exists_or_initialize(denoiser).invalidate_child_registries_cache()
         if not hasattr(denoiser, 'cache_context'): _set_cache_context(denoiser, CacheContext('cond'))
         yield
     finally:
-        for name, hook in hooks_of(denoiser) - before: denoiser.get_submodule(name)._diffusers_hook.remove_hook(hook, recurse=False)
+        for name, hook in hooks_of(denoiser) - before:
+            denoiser.get_submodule(name)._diffusers_hook.remove_hook(hook, recurse=False)
         HookRegistry.check_if_exists_or_initialize(denoiser).invalidate_child_registries_cache()
 
+# %% ../nbs/32_peers.ipynb #40af7818
 @contextmanager
 def cache_dit_on(
     pipe,       # pipeline, best thrown away afterwards
@@ -96,16 +116,23 @@ def cache_dit_on(
     import cache_dit
     for name in list(logging.root.manager.loggerDict):
         if name.startswith('CACHE_DIT'): logging.getLogger(name).setLevel(logging.ERROR)
-    mask = dict(steps_computation_mask=cache_dit.steps_mask(total_steps=n_steps, mask_policy=threshold), steps_computation_policy='static') if isinstance(threshold, str) else dict(residual_diff_threshold=threshold)
-    config = cache_dit.DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=3, num_inference_steps=n_steps, **mask)
+    mask = dict(steps_computation_mask=cache_dit.steps_mask(total_steps=n_steps, mask_policy=threshold),
+                steps_computation_policy='static') if isinstance(threshold, str) else dict(
+                    residual_diff_threshold=threshold)
+    config = cache_dit.DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=3,
+                                     num_inference_steps=n_steps, **mask)
     denoiser, = find_denoisers(pipe).values()
-    silent = getattr(getattr(denoiser, 'transformer_blocks', [None])[-1], 'context_pre_only', False)      # SD3's last block returns no text that could be extrapolated
-    extra = {None: lambda **_: None, 'TaylorSeer': cache_dit.TaylorSeerCalibratorConfig, 'DMD': cache_dit.DMDCalibratorConfig}[calibrator](enable_encoder_calibrator=not silent)
+    # SD3's last block returns no text that could be extrapolated
+    silent = getattr(getattr(denoiser, 'transformer_blocks', [None])[-1], 'context_pre_only', False)
+    extra = {
+        None: lambda **_: None, 'TaylorSeer': cache_dit.TaylorSeerCalibratorConfig, 'DMD': cache_dit.DMDCalibratorConfig
+    }[calibrator](enable_encoder_calibrator=not silent)
     with redirect_stdout(StringIO()): cache_dit.enable_cache(pipe, cache_config=config, calibrator_config=extra)
     try: yield
     finally:
         with redirect_stdout(StringIO()): cache_dit.disable_cache(pipe)
 
+# %% ../nbs/32_peers.ipynb #fee78a3c
 def magnitude_ratios(
     pipe,        # pipeline with one denoiser
     call,        # arguments of its call
@@ -116,7 +143,8 @@ def magnitude_ratios(
     said = StringIO()
     with redirect_stdout(said), cached(pipe, MagCacheConfig(num_inference_steps=n_steps, calibrate=True)):
         step_seconds(pipe, seen_captions(call, n_prompts), range(n_prompts), call, n_steps, output_type='latent')
-    return np.mean([ast.literal_eval(line) for line in said.getvalue().splitlines() if line.startswith('[1.0')], 0).tolist()
+    return np.mean([ast.literal_eval(line) for line in said.getvalue().splitlines() if line.startswith('[1.0')],
+                   0).tolist()
 
 # %% ../nbs/32_peers.ipynb #095ffd2e
 @dataclass(frozen=True)
@@ -129,12 +157,24 @@ class Peer:
     scheduler:object=None # scheduler; by default the pipeline's own
     own_pipe:bool=False   # whether it gets a pipeline of its own, thrown away afterwards
 
-ATTENTIONS_AND_FEEDS = [r'(single_)?(transformer_)?blocks\.\d+\.(attn\d?|ff|ff_context|ffn|proj_mlp|proj_out)', r'.*\.(resnets|transformer_blocks)\.\d+']
-TAYLOR = {'attentions': {}, 'attentions and feeds': dict(cache_identifiers=ATTENTIONS_AND_FEEDS), 'output': dict(use_lite_mode=True)}
+# %% ../nbs/32_peers.ipynb #826f176e
+ATTENTIONS_AND_FEEDS = [
+    r'(single_)?(transformer_)?blocks\.\d+\.(attn\d?|ff|ff_context|ffn|proj_mlp|proj_out)',
+    r'.*\.(resnets|transformer_blocks)\.\d+'
+]
+TAYLOR = {
+    'attentions': {}, 'attentions and feeds': dict(cache_identifiers=ATTENTIONS_AND_FEEDS),
+    'output': dict(use_lite_mode=True)
+}
 SWEEPS = dict(    # settings of each cache
-    taylor=((3, 3, 1, False), (4, 3, 1, False), (5, 3, 1, False), (6, 3, 1, False), (9, 3, 1, False), (12, 3, 1, False), (6, 3, 2, False), (4, 1, 1, True), (6, 1, 1, True)),   # interval, steps in full, order, last step in full
-    first=(.6, .35, .2, .12, .08), mag=((1., 9, .02), (.5, 7, .04), (.25, 5, .06), (.12, 4, .1), (.06, 3, .2)), sea=((4., 8), (2., 6), (1., 4), (.5, 4), (.25, 2)), broadcast=(4,), db=(.6, .35, .2, .12, .08), masks=('fast', 'ultra'))    # the boldest first: if that skips nothing, the others are left out
+    taylor=((3, 3, 1, False), (4, 3, 1, False), (5, 3, 1, False), (6, 3, 1, False), (9, 3, 1, False),
+            (12, 3, 1, False), (6, 3, 2, False), (4, 1, 1, True), (6, 1, 1, True)),
+            # interval, steps in full, order, last step in full
+    first=(.6, .35, .2, .12, .08), mag=((1., 9, .02), (.5, 7, .04), (.25, 5, .06), (.12, 4, .1), (.06, 3, .2)),
+    sea=((4., 8), (2., 6), (1., 4), (.5, 4), (.25, 2)), broadcast=(4,), db=(.6, .35, .2, .12, .08),
+    masks=('fast', 'ultra'))    # the boldest first: if that skips nothing, the others are left out
 
+# %% ../nbs/32_peers.ipynb #3065580a
 def all_peers(
     pipe,            # pipeline of a tiny model
     model:str,       # its preset
@@ -146,17 +186,25 @@ def all_peers(
 ):                   # list of Peer
     "Spectrum and its peers"
     calibration, second = calibration or shipped_calibration(model, n_steps), second_order(pipe.scheduler)
-    peers = [Peer('Spectrum, paper', f'α = {a:g}', n_steps, partial(apply_spectrum, config=SpectrumConfig.paper(alpha=a))) for a in (.75, 3)]
+    peers = [
+        Peer('Spectrum, paper', f'α = {a:g}', n_steps, partial(apply_spectrum, config=SpectrumConfig.paper(alpha=a)))
+        for a in (.75, 3)
+    ]
     for k in budgets:
         rule = SpectrumConfig(NoiseSpaced(k), Blend(.15))
-        peers += [Peer('Spectrum, noise rule', f'{k} passes', n_steps, partial(apply_spectrum, config=rule)),
-                  Peer('Spectrum, calibrated', f'{k} passes', n_steps, partial(apply_spectrum, config=calibration.plan(k))), Peer('fewer steps', f'{k} steps', k)]
+        peers += [
+            Peer('Spectrum, noise rule', f'{k} passes', n_steps, partial(apply_spectrum, config=rule)),
+            Peer('Spectrum, calibrated', f'{k} passes', n_steps, partial(apply_spectrum, config=calibration.plan(k))),
+            Peer('fewer steps', f'{k} steps', k)
+        ]
         if second is not pipe.scheduler: peers.append(Peer('UniPC steps', f'{k} steps', k, scheduler=second))
     def add(family, settings, config): peers.append(Peer(family, settings, n_steps, partial(cached, config=config)))
     def timestep(pipe): return lambda: float(pipe.scheduler.timesteps[pipe.scheduler.step_index or 0])
     for what, choice in TAYLOR.items():
-        for interval, start, order, last in sweeps.get('taylor', ())[2:3] if what == 'attentions' else sweeps.get('taylor', ()):
-            add('TaylorSeer', f'{what}, interval {interval}, {start} in full, order {order}' + ', last'*last, TaylorSeerCacheConfig(interval, start, n_steps - 1 if last else None, order, torch.float32, **choice))
+        for interval, start, order, last in sweeps.get('taylor',
+                                                       ())[2:3] if what == 'attentions' else sweeps.get('taylor', ()):
+            add('TaylorSeer', f'{what}, interval {interval}, {start} in full, order {order}' + ', last'*last,
+                TaylorSeerCacheConfig(interval, start, n_steps - 1 if last else None, order, torch.float32, **choice))
     for t in sweeps.get('first', ()): add('FirstBlockCache', f'threshold {t:g}', FirstBlockCacheConfig(t))
     if 'mag' in sweeps:
         ratios = ()
@@ -164,15 +212,28 @@ def all_peers(
             nonlocal ratios
             ratios = ratios or magnitude_ratios(pipe, call, n_steps)
             return MagCacheConfig(t, skip, retain, n_steps, ratios)
-        for t, skip, retain in sweeps['mag']: add('MagCache', f'threshold {t:g}, {skip} in a row, retained {retain:g}', partial(mag, t=t, skip=skip, retain=retain))
-    for t, row in sweeps.get('sea', ()): add('SeaCache', f'threshold {t:g}, {row} in a row', SeaCacheConfig(t, max_consecutive_cached=row))
+        for t, skip, retain in sweeps['mag']:
+            add('MagCache', f'threshold {t:g}, {skip} in a row, retained {retain:g}',
+                partial(mag, t=t, skip=skip, retain=retain))
+    for t, row in sweeps.get('sea', ()):
+        add('SeaCache', f'threshold {t:g}, {row} in a row', SeaCacheConfig(t, max_consecutive_cached=row))
     for k in sweeps.get('broadcast', ()):
-        add('PyramidAttentionBroadcast', f'every {k} steps', lambda pipe, k=k: PyramidAttentionBroadcastConfig(k, None, k, (-1, 980), (-1, 980), (-1, 980), current_timestep_callback=timestep(pipe)))
+        add(
+            'PyramidAttentionBroadcast', f'every {k} steps',
+            lambda pipe, k=k: PyramidAttentionBroadcastConfig(k, None, k, (-1, 980), (-1, 980),
+                                                              (-1, 980), current_timestep_callback=timestep(pipe)))
         one_call = model in ('tiny-flux', 'tiny-hunyuan', 'tiny-wan')
-        add('FasterCache', f'every {k} steps', lambda pipe, k=k: FasterCacheConfig(k, spatial_attention_timestep_skip_range=(-1, 980), unconditional_batch_timestep_skip_range=(-1, 980), tensor_format='BCHW', is_guidance_distilled=one_call, current_timestep_callback=timestep(pipe)))
+        add(
+            'FasterCache', f'every {k} steps', lambda pipe, k=k: FasterCacheConfig(
+                k, spatial_attention_timestep_skip_range=(-1, 980), unconditional_batch_timestep_skip_range=(-1, 980),
+                tensor_format='BCHW', is_guidance_distilled=one_call, current_timestep_callback=timestep(pipe)))
     if importlib.util.find_spec('cache_dit'):
-        runs = [(c, t) for c in (None, 'TaylorSeer', 'DMD') for t in sweeps.get('db', ())[::1 if c else 2]] + [('TaylorSeer', m) for m in sweeps.get('masks', ())]
-        for c, t in runs: peers.append(Peer('DBCache' + (f' + {c}' if c else ''), f'mask {t}' if isinstance(t, str) else f'threshold {t:g}', n_steps, partial(cache_dit_on, n_steps=n_steps, threshold=t, calibrator=c), own_pipe=True))
+        runs = [(c, t) for c in (None, 'TaylorSeer', 'DMD')
+                for t in sweeps.get('db', ())[::1 if c else 2]] + [('TaylorSeer', m) for m in sweeps.get('masks', ())]
+        for c, t in runs:
+            peers.append(
+                Peer('DBCache' + (f' + {c}' if c else ''), f'mask {t}' if isinstance(t, str) else f'threshold {t:g}',
+                     n_steps, partial(cache_dit_on, n_steps=n_steps, threshold=t, calibrator=c), own_pipe=True))
     return peers
 
 # %% ../nbs/32_peers.ipynb #fa05642e
@@ -187,10 +248,12 @@ def judge(
     (denoiser,), own = find_denoisers(pipe).values(), pipe.scheduler
     pipe.scheduler = peer.scheduler or own
     try:
-        with peer.put_on(pipe) if peer.put_on else nullcontext(), counting(denoiser) as operations: seconds, _, samples = step_seconds(pipe, prompts, seeds, call, peer.steps)
+        with peer.put_on(pipe) if peer.put_on else nullcontext(), counting(denoiser) as operations:
+            seconds, _, samples = step_seconds(pipe, prompts, seeds, call, peer.steps)
     finally: pipe.scheduler = own
     return seconds, operations, samples
 
+# %% ../nbs/32_peers.ipynb #9c6e9487
 def short(
     error,  # exception
 ):          # str
@@ -198,6 +261,7 @@ def short(
     said = f'{type(error).__name__}: {first_line(error)}'
     return said if len(said) <= 110 else said[:107] + '…'
 
+# %% ../nbs/32_peers.ipynb #c04058da
 def peers_bench(
     model:str,        # preset of a tiny model
     n_prompts:int=32, # held-out captions, a seed each
@@ -206,14 +270,19 @@ def peers_bench(
     make=all_peers,   # function of (pipe, model, call, n_steps) that lists the peers
 ):                    # list of rows
     "Every peer on one model: cost in full-pass equivalents, seconds in those of a full step, quality against the full run; or why it was refused"
-    pipe = load_pipeline(model, device); pipe.set_progress_bar_config(disable=True)
+    pipe = load_pipeline(model, device)
+    pipe.set_progress_bar_config(disable=True)
     call = call_defaults(pipe, model)
     captions, seeds = held_captions(call, n_prompts), range(5000, 5000 + n_prompts)
     run = partial(judge, prompts=captions, seeds=seeds, call=call)
     run(pipe, peer=Peer('warm up', '', 2))
     seconds, operations, full = run(pipe, peer=Peer('full run', '', n_steps))
     total = sum(operations)
-    rows, refused = [dict(family='full run', settings=f'cache-dit {version("cache-dit")}' if importlib.util.find_spec('cache_dit') else '', cost=float(n_steps), measured=float(seconds.sum()/np.median(seconds)), refused=None) | quality(full, full)], set()
+    rows, refused = [
+        dict(family='full run', settings=f'cache-dit {version("cache-dit")}' if importlib.util.find_spec('cache_dit')
+             else '', cost=float(n_steps), measured=float(seconds.sum()/np.median(seconds)), refused=None)
+        | quality(full, full)
+    ], set()
     for peer in tqdm(make(pipe, model, call, n_steps), desc=model):
         kind = peer.family, peer.settings.split(',')[0] if peer.family == 'TaylorSeer' else ''
         if kind in refused: continue
@@ -224,6 +293,10 @@ def peers_bench(
         try:
             seconds, operations, samples = run(own, peer=peer)
             if first and sum(operations) >= total: raise ValueError('every step ran in full')
-        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError, AssertionError, KeyError) as e: refused.add(kind); rows.append(row | dict(refused=short(e)))
-        else: rows.append(row | dict(cost=n_steps*sum(operations)/total, measured=float(seconds.sum()/yard), refused=None) | quality(samples, full))
+        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError, AssertionError, KeyError) as e:
+            refused.add(kind)
+            rows.append(row | dict(refused=short(e)))
+        else:
+            rows.append(row | dict(cost=n_steps*sum(operations)/total, measured=float(seconds.sum()/yard), refused=None)
+                        | quality(samples, full))
     return rows

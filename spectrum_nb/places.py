@@ -21,12 +21,18 @@ def search_passes(
     "Passes by greedy choice and local moves: no other place for any single pass is better"
     check_number('n_passes', n_passes, 1, Integral, n_steps)
     must = {0, *must}
-    if len(must) > n_passes or max(must) >= n_steps: raise ValueError(f'{len(must)} passes are wanted whatever else, {sorted(must)}: they do not fit into {n_passes} of {n_steps} steps')
+    if len(must) > n_passes or max(must) >= n_steps:
+        raise ValueError(
+            f'{len(must)} passes are wanted whatever else, {sorted(must)}: they do not fit into {n_passes} of '
+            f'{n_steps} steps'
+        )
     cost, passes = lru_cache(None)(cost), tuple(sorted(must))
     with_one = lambda passes: [tuple(sorted((*passes, p))) for p in range(n_steps) if p not in passes]
     while len(passes) < n_passes: passes = min(with_one(passes), key=cost)
     while True:
-        moves = [m for p in passes if p not in must for m in with_one(tuple(q for q in passes if q != p)) if m != passes]
+        moves = [
+            m for p in passes if p not in must for m in with_one(tuple(q for q in passes if q != p)) if m != passes
+        ]
         best = min(moves, key=cost, default=passes)
         if not cost(best) < cost(passes)*(1 - 1e-9): return list(passes), cost(passes)
         passes = best
@@ -39,7 +45,8 @@ def best_passes(
     memory:int=1,   # passes that a gap's cost depends on
 ):                  # (passes, cost)
     "The very best passes, where costs of gaps add up"
-    check_number('n_passes', n_passes, 1, Integral, n_steps); check_number('memory', memory, 1, Integral)
+    check_number('n_passes', n_passes, 1, Integral, n_steps)
+    check_number('memory', memory, 1, Integral)
     gap_cost = lru_cache(None)(gap_cost)
     @lru_cache(None)
     def rest(last, left):

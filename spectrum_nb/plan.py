@@ -109,6 +109,7 @@ def check_schedule(
                         f'(n_steps, sigmas) -> passes, not {schedule!r}')
     return schedule
 
+# %% ../nbs/05_plan.ipynb #0c48bbfd
 def plain(
     value,  # a setting
 ):          # str, int, float, bool, None, or a list or dict of them
@@ -150,7 +151,8 @@ class Plan:
         if not np.array_equal(W[passes], np.eye(n)[passes]):
             raise ValueError('rows of weights at the passes must be rows of the identity')
         earlier = np.tril(np.ones((n, n), bool), -1) & np.isin(np.arange(n), passes)
-        if (W - np.diag(np.diag(W)))[~earlier].any() or np.delete(np.diag(W), passes).any() or C[~earlier].any() or S[~earlier].any():
+        if (W - np.diag(np.diag(W)))[~earlier].any() or np.delete(
+                np.diag(W), passes).any() or C[~earlier].any() or S[~earlier].any():
             raise ValueError('a forecast may only use passes before it')
         if not (W != 0).any(1).all():
             raise ValueError(f'step {int(np.argmin((W != 0).any(1)))} is no pass and its row of weights is zero: '
@@ -307,6 +309,7 @@ def taylor_plan(
     "The polynomial through the last `order` + 1 passes, continued: what TaylorSeer does, as a plan"
     return plan_from(passes, n_steps, Newton(order), f'Taylor order {order}' if order else 'reuse')
 
+# %% ../nbs/05_plan.ipynb #fa8c2ad0
 def reuse_plan(
     passes,        # ascending steps at which all blocks run
     n_steps:int,   # number of steps of the run

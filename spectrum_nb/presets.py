@@ -38,63 +38,97 @@ class Preset:
     steps:int=None             # of a run; None for the 50 of the paper
     published:float=None       # guidance scale that the checkpoint is published with, of which a tiny model is a twin
 
+# %% ../nbs/23_presets.ipynb #491c31f0
 WEIGHTS = files('spectrum_nb')/'weights'
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 tiny, clip = dict(height=32, width=32, guidance_scale=2.5), dict(num_frames=9)
-
 EARLY_DENSE = PowerSpaced()      # three early passes, gaps that grow gently, the last step
 
+# %% ../nbs/23_presets.ipynb #f89a43e4
 PRESETS = {
-    'tiny-flux':    Preset(str(WEIGHTS/'tiny-flux'), fp32, tiny | dict(max_sequence_length=16), published=3.5),
-    'tiny-sd3':     Preset(str(WEIGHTS/'tiny-sd3'), fp32, tiny | dict(max_sequence_length=16), published=7.),
-    'tiny-sdxl':    Preset(str(WEIGHTS/'tiny-sdxl'), fp32, tiny, published=5.),
-    'tiny-hunyuan': Preset(str(WEIGHTS/'tiny-hunyuan'), fp32, tiny | clip | dict(max_sequence_length=16, prompt_template=CAPTION_ONLY), fps=8, published=6.),
-    'tiny-wan':     Preset(str(WEIGHTS/'tiny-wan'), fp32, tiny | clip | dict(max_sequence_length=16), fps=8, published=5.),
-    'flux':         Preset('black-forest-labs/FLUX.1-dev', bf16, dict(height=1024, width=1024, guidance_scale=3.5, max_sequence_length=512), schedule=EARLY_DENSE),
-    'sd3-5':        Preset('stabilityai/stable-diffusion-3.5-large', bf16, dict(height=1024, width=1024, guidance_scale=7., max_sequence_length=256), schedule=EARLY_DENSE),
-    'sdxl':         Preset('stabilityai/stable-diffusion-xl-base-1.0', fp16, dict(height=1024, width=1024, guidance_scale=5.), variant='fp16'),
-    'hunyuan':      Preset('hunyuanvideo-community/HunyuanVideo', bf16, dict(height=544, width=960, num_frames=61, guidance_scale=6.), fps=24, tiles=True, schedule=EARLY_DENSE),
-    'hunyuan-720p': Preset('hunyuanvideo-community/HunyuanVideo', bf16, dict(height=720, width=1280, num_frames=129, guidance_scale=6.), fps=24, tiles=True, schedule=EARLY_DENSE),
-    'wan14b':       Preset('Wan-AI/Wan2.1-T2V-14B-Diffusers', dict(default=bf16, vae=fp32), dict(height=480, width=832, num_frames=81, guidance_scale=5.), dict(flow_shift=3.), fps=16, schedule=EARLY_DENSE),
-    'wan14b-720p':  Preset('Wan-AI/Wan2.1-T2V-14B-Diffusers', dict(default=bf16, vae=fp32), dict(height=720, width=1280, num_frames=81, guidance_scale=5.), dict(flow_shift=5.), fps=16, schedule=EARLY_DENSE),
+    'tiny-flux': Preset(str(WEIGHTS/'tiny-flux'), fp32, tiny | dict(max_sequence_length=16), published=3.5),
+    'tiny-sd3': Preset(str(WEIGHTS/'tiny-sd3'), fp32, tiny | dict(max_sequence_length=16), published=7.),
+    'tiny-sdxl': Preset(str(WEIGHTS/'tiny-sdxl'), fp32, tiny, published=5.),
+    'tiny-hunyuan': Preset(str(WEIGHTS/'tiny-hunyuan'), fp32,
+                           tiny | clip | dict(max_sequence_length=16, prompt_template=CAPTION_ONLY), fps=8,
+                           published=6.),
+    'tiny-wan': Preset(str(WEIGHTS/'tiny-wan'), fp32, tiny | clip | dict(max_sequence_length=16), fps=8, published=5.),
+    'flux': Preset('black-forest-labs/FLUX.1-dev', bf16,
+                   dict(height=1024, width=1024, guidance_scale=3.5, max_sequence_length=512), schedule=EARLY_DENSE),
+    'sd3-5': Preset('stabilityai/stable-diffusion-3.5-large', bf16,
+                    dict(height=1024, width=1024, guidance_scale=7., max_sequence_length=256), schedule=EARLY_DENSE),
+    'sdxl': Preset('stabilityai/stable-diffusion-xl-base-1.0', fp16, dict(height=1024, width=1024, guidance_scale=5.),
+                   variant='fp16'),
+    'hunyuan': Preset('hunyuanvideo-community/HunyuanVideo', bf16,
+                      dict(height=544, width=960, num_frames=61, guidance_scale=6.), fps=24, tiles=True,
+                      schedule=EARLY_DENSE),
+    'hunyuan-720p': Preset('hunyuanvideo-community/HunyuanVideo', bf16,
+                           dict(height=720, width=1280, num_frames=129, guidance_scale=6.), fps=24, tiles=True,
+                           schedule=EARLY_DENSE),
+    'wan14b': Preset('Wan-AI/Wan2.1-T2V-14B-Diffusers', dict(default=bf16, vae=fp32),
+                     dict(height=480, width=832, num_frames=81, guidance_scale=5.), dict(flow_shift=3.), fps=16,
+                     schedule=EARLY_DENSE),
+    'wan14b-720p': Preset('Wan-AI/Wan2.1-T2V-14B-Diffusers', dict(default=bf16, vae=fp32),
+                          dict(height=720, width=1280, num_frames=81, guidance_scale=5.), dict(flow_shift=5.), fps=16,
+                          schedule=EARLY_DENSE),
 }
-
 TINY = tuple(name for name in PRESETS if name.startswith('tiny'))
 
 # %% ../nbs/23_presets.ipynb #6a3755ed
 square = dict(height=1024, width=1024)
 
 PRESETS |= {
-    'flux2':           Preset('black-forest-labs/FLUX.2-dev', bf16, square | dict(guidance_scale=4.), steps=50),
-    'flux2-klein-4b':  Preset('black-forest-labs/FLUX.2-klein-base-4B', bf16, square | dict(guidance_scale=4.), steps=50, schedule=EARLY_DENSE),
-    'flux2-klein-9b':  Preset('black-forest-labs/FLUX.2-klein-base-9B', bf16, square | dict(guidance_scale=4.), steps=50, schedule=EARLY_DENSE),
-    'flux-kontext':    Preset('black-forest-labs/FLUX.1-Kontext-dev', bf16, dict(guidance_scale=2.5, max_sequence_length=512), steps=28),
-    'qwen-image':      Preset('Qwen/Qwen-Image', bf16, dict(height=928, width=1664, true_cfg_scale=4., negative_prompt=' '), steps=50, schedule=EARLY_DENSE),
-    'qwen-image-edit': Preset('Qwen/Qwen-Image-Edit', bf16, dict(true_cfg_scale=4., negative_prompt=' '), steps=50),
-    'z-image':         Preset('Tongyi-MAI/Z-Image', bf16, square | dict(guidance_scale=4.), steps=50, schedule=EARLY_DENSE),
-    'sd3-5-medium':    Preset('stabilityai/stable-diffusion-3.5-medium', bf16, square | dict(guidance_scale=4.5, max_sequence_length=256), steps=40, schedule=EARLY_DENSE),
-    'wan2-2':          Preset('Wan-AI/Wan2.2-T2V-A14B-Diffusers', dict(default=bf16, vae=fp32), dict(height=720, width=1280, num_frames=81, guidance_scale=4., guidance_scale_2=3.), fps=16, steps=40),
-    'wan2-2-5b':       Preset('Wan-AI/Wan2.2-TI2V-5B-Diffusers', dict(default=bf16, vae=fp32), dict(height=704, width=1280, num_frames=121, guidance_scale=5.), fps=24, steps=50, schedule=EARLY_DENSE),
-    'hunyuan1-5':      Preset('hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v', bf16, dict(num_frames=121), fps=24, steps=50, tiles=True, schedule=EARLY_DENSE),
-    'ltx':             Preset('Lightricks/LTX-Video', bf16, dict(height=480, width=704, num_frames=161, guidance_scale=3., negative_prompt='worst quality, inconsistent motion, blurry, jittery, distorted'), fps=24, steps=50)}
+    'flux2': Preset('black-forest-labs/FLUX.2-dev', bf16, square | dict(guidance_scale=4.), steps=50),
+    'flux2-klein-4b': Preset('black-forest-labs/FLUX.2-klein-base-4B', bf16, square | dict(guidance_scale=4.), steps=50,
+                             schedule=EARLY_DENSE), 'flux2-klein-9b': Preset('black-forest-labs/FLUX.2-klein-base-9B',
+                                                                             bf16, square | dict(guidance_scale=4.),
+                                                                             steps=50, schedule=EARLY_DENSE),
+    'flux-kontext': Preset('black-forest-labs/FLUX.1-Kontext-dev', bf16,
+                           dict(guidance_scale=2.5, max_sequence_length=512), steps=28),
+    'qwen-image': Preset('Qwen/Qwen-Image', bf16, dict(height=928, width=1664, true_cfg_scale=4., negative_prompt=' '),
+                         steps=50, schedule=EARLY_DENSE),
+    'qwen-image-edit': Preset('Qwen/Qwen-Image-Edit', bf16, dict(true_cfg_scale=4., negative_prompt=' '),
+                              steps=50), 'z-image': Preset('Tongyi-MAI/Z-Image', bf16, square | dict(guidance_scale=4.),
+                                                           steps=50, schedule=EARLY_DENSE),
+    'sd3-5-medium': Preset('stabilityai/stable-diffusion-3.5-medium', bf16,
+                           square | dict(guidance_scale=4.5, max_sequence_length=256), steps=40, schedule=EARLY_DENSE),
+    'wan2-2': Preset('Wan-AI/Wan2.2-T2V-A14B-Diffusers', dict(default=bf16, vae=fp32),
+                     dict(height=720, width=1280, num_frames=81, guidance_scale=4., guidance_scale_2=3.), fps=16,
+                     steps=40), 'wan2-2-5b': Preset('Wan-AI/Wan2.2-TI2V-5B-Diffusers', dict(default=bf16, vae=fp32),
+                                                    dict(height=704, width=1280, num_frames=121, guidance_scale=5.),
+                                                    fps=24, steps=50, schedule=EARLY_DENSE),
+    'hunyuan1-5': Preset('hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v', bf16, dict(num_frames=121),
+                         fps=24, steps=50, tiles=True, schedule=EARLY_DENSE), 'ltx': Preset(
+                             'Lightricks/LTX-Video', bf16,
+                             dict(height=480, width=704, num_frames=161, guidance_scale=3.,
+                                  negative_prompt='worst quality, inconsistent motion, blurry, jittery, distorted'),
+                             fps=24, steps=50)
+}
 
 # %% ../nbs/23_presets.ipynb #b70b273a
 def first_line(error):
     "The first line of what an error says; its kind, if it says nothing"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
+# %% ../nbs/23_presets.ipynb #b2322915
 def read_json(
     path,     # JSON file, UTF-8
     **kinds,  # keys that must be there, each with the type of its value; `… | None` for one that may be missing
 ):            # dict
     "The dict of a JSON file; a `ValueError` names the file and says what is wrong with it"
     try: found = json.loads(Path(path).read_text(encoding='utf-8'))
-    except (ValueError, RecursionError) as e: raise ValueError(f'{path} is not JSON in UTF-8 ({first_line(e)}); restore or remove it') from None
-    if not isinstance(found, dict): raise ValueError(f'{path} holds a {type(found).__name__}, not a dict; restore or remove it')
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f'{path} is not JSON in UTF-8 ({first_line(e)}); restore or remove it') from None
+    if not isinstance(found, dict):
+        raise ValueError(f'{path} holds a {type(found).__name__}, not a dict; restore or remove it')
     if wrong := [k for k, kind in kinds.items() if not isinstance(found.get(k), kind)]:
-        raise ValueError(f'{path} is not what its name says ({", ".join(f"{k}: {found.get(k)!r}" for k in wrong)}); restore or remove it')
+        raise ValueError(
+            f'{path} is not what its name says ({", ".join(f"{k}: {found.get(k)!r}" for k in wrong)}); restore or '
+            f'remove it'
+        )
     return found
 
+# %% ../nbs/23_presets.ipynb #f22ec79c
 def check_device(device):
     "Raise a `ValueError` unless torch can compute there"
     try: torch.zeros(1, device=device).item()
@@ -115,18 +149,31 @@ def load_pipeline(
     preset = find_preset(name) or Preset(os.path.expanduser(str(name)), fp32 if str(device) == 'cpu' else bf16)
     source, dtype = preset.source, dtype or (fp32 if preset.dtype == fp16 and str(device) == 'cpu' else preset.dtype)
     folder = bool(source) and Path(source).is_dir()
-    if folder and not (Path(source)/'model_index.json').exists(): raise ValueError(f'{source!r} is not a pipeline: it holds no model_index.json')
+    if folder and not (Path(source)/'model_index.json').exists():
+        raise ValueError(f'{source!r} is not a pipeline: it holds no model_index.json')
     if not folder and (source.count('/') != 1 or source[0] in './'):
-        raise ValueError(f'no model {name!r}: it is neither a preset ({", ".join(PRESETS)}), nor a folder here, nor a hub id of the form owner/name')
+        raise ValueError(
+            f'no model {name!r}: it is neither a preset ({", ".join(PRESETS)}), nor a folder here, nor a hub id of '
+            f'the form owner/name'
+        )
     try:
-        if quantization: quantization = PipelineQuantizationConfig(quant_mapping={n: quantization for n in DiffusionPipeline.load_config(source) if n in DENOISERS})
-        pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, variant=preset.variant, local_files_only=folder or offline, use_safetensors=True, quantization_config=quantization)
-    except Exception as e: raise ValueError(f'{source!r} could not be loaded{"" if folder else " from the hub, and there is no such folder here"}: {type(e).__name__}: {" ".join(str(e).split())}') from e
+        if quantization:
+            quantization = PipelineQuantizationConfig(
+                quant_mapping={n: quantization for n in DiffusionPipeline.load_config(source) if n in DENOISERS})
+        pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, variant=preset.variant, local_files_only=folder
+                                                 or offline, use_safetensors=True, quantization_config=quantization)
+    except Exception as e:
+        raise ValueError(
+            f'{source!r} could not be loaded{"" if folder else " from the hub, and there is no such folder here"}: '
+            f'{type(e).__name__}: {" ".join(str(e).split())}'
+        ) from e
     if preset.scheduler: pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **preset.scheduler)
     if preset.tiles: pipe.vae.enable_tiling()
-    if type(pipe).__name__.startswith('Flux'): pipe.default_sample_size = pipe.vae.config.sample_size//pipe.vae_scale_factor
+    if type(pipe).__name__.startswith('Flux'):
+        pipe.default_sample_size = pipe.vae.config.sample_size//pipe.vae_scale_factor
     return pipe.to(device) if placed else pipe
 
+# %% ../nbs/23_presets.ipynb #c3f6a19f
 def find_preset(
     name,  # a preset, its name, its hub id, or the folder of a tiny pipeline that was trained here
 ):         # Preset, or None for another model
@@ -145,13 +192,17 @@ def call_defaults(
     published=False, # for a tiny model, whether at the guidance scale that the checkpoint is published with
 ):             # dict of arguments for `pipe(prompt, **…)`
     "Size, prompt length and guidance that suit a pipeline: a preset's, else what its parts say; what they do not say is left to the pipeline's own defaults"
-    if preset := find_preset(name): return preset.call | (dict(guidance_scale=preset.published) if published and preset.published else {})
+    if preset := find_preset(name):
+        return preset.call | (dict(guidance_scale=preset.published) if published and preset.published else {})
     call, takes = {}, inspect.signature(pipe.__call__).parameters
-    if type(pipe).__name__.startswith('Flux'): call |= dict(height=pipe.vae.config.sample_size, width=pipe.vae.config.sample_size)
+    if type(pipe).__name__.startswith('Flux'):
+        call |= dict(height=pipe.vae.config.sample_size, width=pipe.vae.config.sample_size)
     lengths = [t.model_max_length for n, t in pipe.components.items() if n.startswith('tokenizer') and t is not None]
-    if 'max_sequence_length' in takes and lengths: call['max_sequence_length'] = min(takes['max_sequence_length'].default, max(lengths))
+    if 'max_sequence_length' in takes and lengths:
+        call['max_sequence_length'] = min(takes['max_sequence_length'].default, max(lengths))
     return call
 
+# %% ../nbs/23_presets.ipynb #2decc2c0
 def held_captions(
     call,   # arguments of a tiny pipeline's call
     n:int,  # how many
@@ -159,6 +210,7 @@ def held_captions(
     "Captions that no training saw: of clips where the call has frames, else of pictures"
     return split_captions(call)[1][:n]
 
+# %% ../nbs/23_presets.ipynb #43799194
 def seen_captions(
     call,   # arguments of a tiny pipeline's call
     n:int,  # how many
@@ -166,6 +218,7 @@ def seen_captions(
     "Captions of the training split, for what must not touch the others"
     return split_captions(call)[0][:n]
 
+# %% ../nbs/23_presets.ipynb #4961df50
 def split_captions(call):
     "(captions of training, held-out captions) of the world that a tiny pipeline draws"
     return [[s.caption for s in part] for part in (split_clips if 'num_frames' in call else split_scenes)()]

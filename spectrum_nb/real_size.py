@@ -35,27 +35,37 @@ from .schedule import Growing
 def flux_inputs(c, make, height, width, num_frames, text):
     "Arguments of the forward of FLUX"
     tokens = (height//16)*(width//16)
-    return dict(hidden_states=make(1, tokens, c.in_channels), encoder_hidden_states=make(1, text, c.joint_attention_dim), pooled_projections=make(1, c.pooled_projection_dim), timestep=make(1),
+    return dict(hidden_states=make(1, tokens, c.in_channels), encoder_hidden_states=make(
+        1, text, c.joint_attention_dim), pooled_projections=make(1, c.pooled_projection_dim), timestep=make(1),
                 img_ids=make(tokens, 3), txt_ids=make(text, 3), guidance=make(1))
 
+# %% ../nbs/31_real_size.ipynb #2783ed75
 def sd3_inputs(c, make, height, width, num_frames, text):
     "Arguments of the forward of SD3"
-    return dict(hidden_states=make(2, c.in_channels, height//8, width//8), encoder_hidden_states=make(2, text, c.joint_attention_dim), pooled_projections=make(2, c.pooled_projection_dim), timestep=make(2))
+    return dict(hidden_states=make(2, c.in_channels, height//8, width//8), encoder_hidden_states=make(
+        2, text, c.joint_attention_dim), pooled_projections=make(2, c.pooled_projection_dim), timestep=make(2))
 
+# %% ../nbs/31_real_size.ipynb #066fc131
 def sdxl_inputs(c, make, height, width, num_frames, text):
     "Arguments of the forward of SDXL"
     pooled = c.projection_class_embeddings_input_dim - 6*c.addition_time_embed_dim
-    return dict(sample=make(2, c.in_channels, height//8, width//8), timestep=make(2), encoder_hidden_states=make(2, text, c.cross_attention_dim), added_cond_kwargs=dict(text_embeds=make(2, pooled), time_ids=make(2, 6)))
+    return dict(sample=make(2, c.in_channels, height//8, width//8), timestep=make(2), encoder_hidden_states=make(
+        2, text, c.cross_attention_dim), added_cond_kwargs=dict(text_embeds=make(2, pooled), time_ids=make(2, 6)))
 
+# %% ../nbs/31_real_size.ipynb #eb5d1007
 def hunyuan_inputs(c, make, height, width, num_frames, text):
     "Arguments of the forward of HunyuanVideo"
-    return dict(hidden_states=make(1, c.in_channels, (num_frames - 1)//4 + 1, height//8, width//8), timestep=make(1), encoder_hidden_states=make(1, text, c.text_embed_dim), encoder_attention_mask=torch.ones_like(make(1, text)).long(),
-                pooled_projections=make(1, c.pooled_projection_dim), guidance=make(1))
+    return dict(hidden_states=make(1, c.in_channels, (num_frames - 1)//4 + 1, height//8, width//8), timestep=make(1),
+                encoder_hidden_states=make(1, text, c.text_embed_dim), encoder_attention_mask=torch.ones_like(
+                    make(1, text)).long(), pooled_projections=make(1, c.pooled_projection_dim), guidance=make(1))
 
+# %% ../nbs/31_real_size.ipynb #cc4aecc9
 def wan_inputs(c, make, height, width, num_frames, text):
     "Arguments of the forward of Wan"
-    return dict(hidden_states=make(1, c.in_channels, (num_frames - 1)//4 + 1, height//8, width//8), timestep=make(1), encoder_hidden_states=make(1, text, c.text_dim))
+    return dict(hidden_states=make(1, c.in_channels, (num_frames - 1)//4 + 1, height//8, width//8), timestep=make(1),
+                encoder_hidden_states=make(1, text, c.text_dim))
 
+# %% ../nbs/31_real_size.ipynb #55e2bc77
 @dataclass(frozen=True)
 class RealModel:
     "A published denoiser: its architecture, its inputs, its loop"
@@ -64,7 +74,8 @@ class RealModel:
     config:dict      # what its config.json has, where the class's default is another
     small:dict       # what makes it small, for tests
     billions:float   # parameters
-    inputs:object    # function (config, make, height, width, num_frames, text) -> arguments of its forward, the latent first
+    # function (config, make, height, width, num_frames, text) -> arguments of its forward, the latent first
+    inputs:object
     text:int         # tokens of the longest prompt
     sampler:object   # function without arguments that makes its scheduler
     size:dict        # height, width, frames
@@ -73,24 +84,51 @@ class RealModel:
 
 def _real(key, name, *args, **kwargs):
     call = PRESETS[key].call
-    return RealModel(name, *args, size=dict(height=call.get('height', 1024), width=call.get('width', 1024), num_frames=call.get('num_frames', 1)), guidance=call['guidance_scale'], **kwargs)
+    return RealModel(
+        name, *args, size=dict(height=call.get('height', 1024), width=call.get('width', 1024),
+                               num_frames=call.get('num_frames', 1)), guidance=call['guidance_scale'], **kwargs)
 
+# %% ../nbs/31_real_size.ipynb #5d05f51a
 def FLOW(shift):
     "The sampler of flow models"
     return partial(FlowMatchEulerDiscreteScheduler, shift=shift)
-FLUX = ('FluxTransformer2DModel', dict(guidance_embeds=True), dict(num_layers=1, num_single_layers=2, attention_head_dim=32, num_attention_heads=4, joint_attention_dim=64, pooled_projection_dim=32, axes_dims_rope=(8, 12, 12)), 11.9, flux_inputs, 512, FLOW(3.))
-SD35 = ('SD3Transformer2DModel', dict(sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=38, attention_head_dim=64, num_attention_heads=38, joint_attention_dim=4096, caption_projection_dim=2432, pooled_projection_dim=2048, pos_embed_max_size=192, qk_norm='rms_norm'),
-        dict(sample_size=16, num_layers=2, attention_head_dim=32, num_attention_heads=4, joint_attention_dim=64, caption_projection_dim=128, pooled_projection_dim=32, pos_embed_max_size=16), 8.1, sd3_inputs, 333, FLOW(3.))
-SDXL = ('UNet2DConditionModel', dict(sample_size=128, down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'), up_block_types=('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'), block_out_channels=(320, 640, 1280), layers_per_block=2,
-                                     transformer_layers_per_block=[1, 2, 10], attention_head_dim=[5, 10, 20], cross_attention_dim=2048, use_linear_projection=True, addition_embed_type='text_time', addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816),
-        dict(block_out_channels=(32, 64, 64), layers_per_block=1, transformer_layers_per_block=[1, 1, 2], attention_head_dim=[1, 2, 2], cross_attention_dim=64, addition_time_embed_dim=16, projection_class_embeddings_input_dim=128), 2.57, sdxl_inputs, 77,
-        partial(EulerDiscreteScheduler, beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', steps_offset=1, timestep_spacing='leading'))
-HUNYUAN = ('HunyuanVideoTransformer3DModel', {}, dict(num_attention_heads=4, attention_head_dim=32, num_layers=1, num_single_layers=2, num_refiner_layers=1, text_embed_dim=64, pooled_projection_dim=32, rope_axes_dim=(8, 12, 12)), 12.8, hunyuan_inputs, 256, FLOW(7.))
-WAN = ('WanTransformer3DModel', {}, dict(num_attention_heads=4, attention_head_dim=32, text_dim=64, freq_dim=64, ffn_dim=256, num_layers=2), 14.3, wan_inputs, 512)
+
+# %% ../nbs/31_real_size.ipynb #3b2c2bb8
+FLUX = ('FluxTransformer2DModel', dict(guidance_embeds=True),
+        dict(num_layers=1, num_single_layers=2, attention_head_dim=32, num_attention_heads=4, joint_attention_dim=64,
+             pooled_projection_dim=32, axes_dims_rope=(8, 12, 12)), 11.9, flux_inputs, 512, FLOW(3.))
+SD35 = ('SD3Transformer2DModel',
+        dict(sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=38, attention_head_dim=64,
+             num_attention_heads=38, joint_attention_dim=4096, caption_projection_dim=2432, pooled_projection_dim=2048,
+             pos_embed_max_size=192, qk_norm='rms_norm'),
+        dict(sample_size=16, num_layers=2, attention_head_dim=32, num_attention_heads=4, joint_attention_dim=64,
+             caption_projection_dim=128, pooled_projection_dim=32,
+             pos_embed_max_size=16), 8.1, sd3_inputs, 333, FLOW(3.))
+SDXL = ('UNet2DConditionModel',
+        dict(sample_size=128, down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'),
+             up_block_types=('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'),
+             block_out_channels=(320, 640, 1280), layers_per_block=2, transformer_layers_per_block=[1, 2, 10],
+             attention_head_dim=[5, 10, 20], cross_attention_dim=2048, use_linear_projection=True,
+             addition_embed_type='text_time', addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816),
+        dict(block_out_channels=(32, 64, 64), layers_per_block=1, transformer_layers_per_block=[1, 1, 2],
+             attention_head_dim=[1, 2, 2], cross_attention_dim=64, addition_time_embed_dim=16,
+             projection_class_embeddings_input_dim=128), 2.57, sdxl_inputs, 77,
+        partial(EulerDiscreteScheduler, beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', steps_offset=1,
+                timestep_spacing='leading'))
+HUNYUAN = ('HunyuanVideoTransformer3DModel', {},
+           dict(num_attention_heads=4, attention_head_dim=32, num_layers=1, num_single_layers=2, num_refiner_layers=1,
+                text_embed_dim=64, pooled_projection_dim=32,
+                rope_axes_dim=(8, 12, 12)), 12.8, hunyuan_inputs, 256, FLOW(7.))
+WAN = ('WanTransformer3DModel', {},
+       dict(num_attention_heads=4, attention_head_dim=32, text_dim=64, freq_dim=64, ffn_dim=256,
+            num_layers=2), 14.3, wan_inputs, 512)
+
+# %% ../nbs/31_real_size.ipynb #3eb96d88
 def UNIPC(shift):
     "Wan's sampler"
     return partial(UniPCMultistepScheduler, prediction_type='flow_prediction', use_flow_sigmas=True, flow_shift=shift)
 
+# %% ../nbs/31_real_size.ipynb #57f2ed3e
 REAL = {
     'flux':         _real('flux', 'FLUX.1-dev 1024²', *FLUX),
     'sd3-5':        _real('sd3-5', 'SD3.5-Large 1024²', *SD35),
@@ -101,12 +139,14 @@ REAL = {
     'wan14b-720p':  _real('wan14b-720p', 'Wan2.1-14B 720×1280, 81 frames', *WAN, UNIPC(5.), calls=2),
 }
 
+# %% ../nbs/31_real_size.ipynb #5efc4a06
 def made_small(
     model,  # RealModel
 ):          # RealModel
     "The same architecture with few layers, heads and tokens, for tests on a CPU"
     frames = 9 if model.size['num_frames'] > 1 else 1
-    return replace(model, config=model.config | model.small, text=8, size=dict(height=128, width=128, num_frames=frames))
+    return replace(model, config=model.config | model.small, text=8, size=dict(height=128, width=128,
+                                                                               num_frames=frames))
 
 # %% ../nbs/31_real_size.ipynb #a90b47d3
 def on_meta(
@@ -115,6 +155,7 @@ def on_meta(
     "The denoiser without its numbers"
     with torch.device('meta'): return getattr(diffusers, model.cls)(**model.config).eval().requires_grad_(False)
 
+# %% ../nbs/31_real_size.ipynb #c004627d
 def build(
     model,  # RealModel
     device='cpu',
@@ -127,11 +168,19 @@ def build(
     wide = set(getattr(denoiser, '_keep_in_fp32_modules', None) or ())
     for path, module in denoiser.named_modules():
         for name, p in module._parameters.items():
-            if p is not None: module._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=torch.float32 if wide & {*path.split('.'), name} else dtype, device=device).normal_(0, std), requires_grad=False)
-        for name, b in module._buffers.items():       # tables of positions; those that a checkpoint holds have its precision
-            if b is not None: module._buffers[name] = torch.empty(b.shape, dtype=b.dtype if name in module._non_persistent_buffers_set else dtype, device=device).uniform_(-1, 1)
+            if p is not None:
+                module._parameters[name] = nn.Parameter(
+                    torch.empty(p.shape, dtype=torch.float32 if wide & {*path.split('.'), name} else dtype,
+                                device=device).normal_(0, std), requires_grad=False)
+        # tables of positions; those that a checkpoint holds have its precision
+        for name, b in module._buffers.items():
+            if b is not None:
+                module._buffers[name] = torch.empty(
+                    b.shape, dtype=b.dtype if name in module._non_persistent_buffers_set else dtype,
+                    device=device).uniform_(-1, 1)
     return denoiser
 
+# %% ../nbs/31_real_size.ipynb #6524814e
 def inputs_of(
     model,    # RealModel
     denoiser, # its network
@@ -139,19 +188,25 @@ def inputs_of(
     dtype=torch.bfloat16,
 ):            # arguments of its forward, the latent first
     "Random inputs of the published shapes"
-    return model.inputs(denoiser.config, lambda *shape: torch.randn(*shape, device=device).to(dtype), **model.size, text=model.text)
+    return model.inputs(denoiser.config, lambda *shape: torch.randn(*shape, device=device).to(dtype), **model.size,
+                        text=model.text)
 
+# %% ../nbs/31_real_size.ipynb #7618b563
 def work_of(
     model,  # RealModel
 ):          # dict: parameters; TFLOP of a pass and of what remains of a forecast step, all calls of a step; shape of the feature
     "What a step computes, counted on the `meta` device, where nothing is computed"
-    denoiser = on_meta(model); kwargs = inputs_of(model, denoiser, 'meta', torch.float32); anatomy, seen = find_anatomy(denoiser), []
+    denoiser = on_meta(model)
+    kwargs = inputs_of(model, denoiser, 'meta', torch.float32)
+    anatomy, seen = find_anatomy(denoiser), []
     def teraflop(context):
-        watch = denoiser.get_submodule(anatomy.head).register_forward_pre_hook(lambda m, args: seen.append(tuple(args[0].shape)))
+        watch = denoiser.get_submodule(
+            anatomy.head).register_forward_pre_hook(lambda m, args: seen.append(tuple(args[0].shape)))
         with context, FlopCounterMode(display=False) as counter: denoiser(**kwargs, return_dict=False)
         watch.remove()
         return model.calls*counter.get_total_flops()/1e12
-    work = dict(parameters=sum(p.numel() for p in denoiser.parameters()), full=teraflop(nullcontext()), rest=teraflop(without(denoiser, anatomy.body)))
+    work = dict(parameters=sum(p.numel() for p in denoiser.parameters()), full=teraflop(nullcontext()),
+                rest=teraflop(without(denoiser, anatomy.body)))
     test, = {*seen}                                   # the head is given the same shape with blocks and without
     return work | dict(feature=test)
 
@@ -180,24 +235,32 @@ def run_loop(
     device, anatomy, first = next(denoiser.parameters()).device, find_anatomy(denoiser), next(iter(kwargs))
     plan = config and make_plan(config, n_steps)
     hollow = set(plan.passes[real:]) if config and real is not None else ()
-    sampler = model.sampler(); sampler.set_timesteps(n_steps, device=device)
+    sampler = model.sampler()
+    sampler.set_timesteps(n_steps, device=device)
     if hasattr(sampler, 'set_begin_index'): sampler.set_begin_index(0)
     x, batch, seconds = kwargs[first][:1], len(kwargs[first]), []
     scaled = getattr(sampler, 'scale_model_input', lambda x, t: x)
     with torch.no_grad(), apply_spectrum(denoiser, config, n_steps=n_steps) if config else nullcontext() as run:
         began = last = now()
         for i, t in enumerate(sampler.timesteps[:stop]):
-            given = kwargs | {first: scaled(x, t).expand(batch, *x.shape[1:]).to(kwargs[first].dtype), 'timestep': t.to(kwargs['timestep'].dtype).expand(batch)}
+            given = kwargs | {
+                first: scaled(x, t).expand(batch, *x.shape[1:]).to(kwargs[first].dtype), 'timestep': t.to(
+                    kwargs['timestep'].dtype).expand(batch)
+            }
             with without(denoiser, anatomy.body) if i in hollow else nullcontext():
                 out = []
                 for name in ('cond', 'uncond')[:model.calls]:
-                    with denoiser.cache_context(name) if model.calls > 1 else nullcontext(): out += denoiser(**given, return_dict=False)[0].split(1)
+                    with denoiser.cache_context(name) if model.calls > 1 else nullcontext():
+                        out += denoiser(**given, return_dict=False)[0].split(1)
             v = out[0] if len(out) == 1 else out[1] + model.guidance*(out[0] - out[1])
             x = sampler.step(v, t, x, return_dict=False)[0]
-            if each: seconds.append(now() - last); last = now()
+            if each:
+                seconds.append(now() - last)
+                last = now()
         total = now() - began
     return seconds if each else total, run.stats if run else []
 
+# %% ../nbs/31_real_size.ipynb #f59fdcda
 def compile_blocks(
     denoiser,  # nn.Module
     **options, # of torch.compile
@@ -207,9 +270,12 @@ def compile_blocks(
     for b in blocks_of(denoiser): b.compile(**options)
 
 # %% ../nbs/31_real_size.ipynb #50f8a806
-EMPTY = dict(mode=None, passes=None, n_steps=None, how=None, pass_ms=None, pass_with_hook_ms=None, forecast_ms=None, seconds_full=None, seconds=None, speedup=None, efficiency=None, weights=None, peak_full=None, peak=None, history_and_one=None,
-             extra_over=None, sum_ms=None, copy_ms=None, sum_over_copy=None, copy_GBs=None, first_s=None, blocks_in_forecasts=None, note='')
+EMPTY = dict(mode=None, passes=None, n_steps=None, how=None, pass_ms=None, pass_with_hook_ms=None, forecast_ms=None,
+             seconds_full=None, seconds=None, speedup=None, efficiency=None, weights=None, peak_full=None, peak=None,
+             history_and_one=None, extra_over=None, sum_ms=None, copy_ms=None, sum_over_copy=None, copy_GBs=None,
+             first_s=None, blocks_in_forecasts=None, note='')
 
+# %% ../nbs/31_real_size.ipynb #e53b877e
 def sum_cost(
     n_features,  # elements of a feature
     passes,      # K
@@ -222,6 +288,7 @@ def sum_cost(
     ours, copy = (float(np.median(spent[w])) for w in ('ours', 'copy'))
     return dict(sum_ms=1e3*ours, copy_ms=1e3*copy, sum_over_copy=ours/copy, copy_GBs=ways['copy'][2]/copy/1e9)
 
+# %% ../nbs/31_real_size.ipynb #2f95802a
 def mode_rows(model, denoiser, kwargs, mode, n_steps, budgets, left, costs, whole=None, real=2):
     "Rows of one way to run the denoiser; `left` says how many seconds there are"
     device, dtype = next(denoiser.parameters()).device, kwargs[next(iter(kwargs))].dtype
@@ -230,28 +297,43 @@ def mode_rows(model, denoiser, kwargs, mode, n_steps, budgets, left, costs, whol
     peak_full = peak_of(lambda: seen.extend(steps(2)), device)
     if left() > 60*min(seen): seen = steps(5)[1:]
     pass_s = float(np.median(seen))
-    shared = dict(mode=mode, n_steps=n_steps, first_s=first, pass_ms=1e3*pass_s, weights=sum(p.nbytes for p in denoiser.parameters()), peak_full=peak_full)
+    shared = dict(mode=mode, n_steps=n_steps, first_s=first, pass_ms=1e3*pass_s,
+                  weights=sum(p.nbytes for p in denoiser.parameters()), peak_full=peak_full)
     if whole is None: whole = (n_steps + sum(budgets) + (real + 1)*len(budgets))*pass_s < left()
     full = run_loop(model, denoiser, kwargs, n_steps)[0] if whole else n_steps*pass_s
     rows = []
     for k in budgets:
-        if (real + 1)*pass_s > left(): rows.append(EMPTY | shared | dict(passes=k, note=f'no time left: {left():.0f} s for passes of {pass_s:.0f} s')); continue
+        if (real + 1)*pass_s > left():
+            rows.append(EMPTY | shared
+                        | dict(passes=k, note=f'no time left: {left():.0f} s for passes of {pass_s:.0f} s'))
+            continue
         config, seen = config_for_passes(k, n_steps, Growing(), forecaster=Blend(.5)), []
         plan = make_plan(config, n_steps)
         with count_calls(blocks_of(denoiser)) if mode == 'eager' else nullcontext([]) as calls:
-            peak = peak_of(lambda: seen.append(run_loop(model, denoiser, kwargs, n_steps, config, real, each=True)), device)
+            peak = peak_of(lambda: seen.append(run_loop(model, denoiser, kwargs, n_steps, config, real, each=True)),
+                           device)
             ran = sum(calls)/max(1, len(calls))/model.calls
         (each, stats), = seen
-        if any(s.fallbacks or s.passes != plan.passes for s in stats): raise RuntimeError(f'{model.name}: the run did not follow its plan: {[s.fallbacks for s in stats]}; random weights of another size may help')
+        if any(s.fallbacks or s.passes != plan.passes for s in stats):
+            raise RuntimeError(
+                f'{model.name}: the run did not follow its plan: {[s.fallbacks for s in stats]}; random weights of '
+                f'another size may help'
+            )
         each = np.array(each)
-        with_hook, forecast = float(np.median(each[plan.passes[:real]][1 if real > 1 else 0:])), float(np.median(each[~plan.is_pass]))
+        with_hook, forecast = float(np.median(each[plan.passes[:real]][1 if real > 1 else 0:])), float(
+            np.median(each[~plan.is_pass]))
         composed = k*with_hook + each[~plan.is_pass].sum()
         seconds = run_loop(model, denoiser, kwargs, n_steps, config)[0] if whole else composed
         foretold = peak_bytes(plan, math.prod(costs['feature']), dtype, model.calls)
-        rows.append(EMPTY | shared | dict(passes=k, how='end to end' if whole else 'composed', pass_with_hook_ms=1e3*with_hook, forecast_ms=1e3*forecast, seconds_full=full, seconds=seconds, speedup=full/seconds, efficiency=efficiency(full, seconds, n_steps, k), peak=peak,
-                                          history_and_one=foretold, extra_over=(peak - peak_full)/foretold, blocks_in_forecasts=round(ran - real, 3) if mode == 'eager' else None) | costs[k])
+        rows.append(EMPTY | shared
+                    | dict(passes=k, how='end to end' if whole else 'composed', pass_with_hook_ms=1e3*
+                           with_hook, forecast_ms=1e3*forecast, seconds_full=full, seconds=seconds, speedup=full/
+                           seconds, efficiency=efficiency(full, seconds, n_steps, k), peak=peak,
+                           history_and_one=foretold, extra_over=(peak - peak_full)/
+                           foretold, blocks_in_forecasts=round(ran - real, 3) if mode == 'eager' else None) | costs[k])
     return rows
 
+# %% ../nbs/31_real_size.ipynb #35c6ce59
 def real_size_bench(
     model,         # key of `REAL`, or a RealModel
     device='cuda',
@@ -264,7 +346,8 @@ def real_size_bench(
     whole:bool=None,    # run end to end; by default where there is time for it
 ):                 # list of rows
     "Time and memory of a published denoiser with and without Spectrum, and what of it could not be measured, with the reason"
-    if isinstance(model, str) and model not in REAL: raise ValueError(f'no architecture called {model!r}; choose among {", ".join(REAL)}')
+    if isinstance(model, str) and model not in REAL:
+        raise ValueError(f'no architecture called {model!r}; choose among {", ".join(REAL)}')
     model, began = REAL[model] if isinstance(model, str) else model, now()
     left, rows, denoiser = lambda: limit - (now() - began), [], None
     out_of = (torch.OutOfMemoryError, MemoryError)
@@ -274,18 +357,25 @@ def real_size_bench(
         denoiser = build(model, device, dtype)
         kwargs = inputs_of(model, denoiser, device, dtype)
         for n, mode in enumerate(modes):
-            if left() < 0: rows.append(EMPTY | dict(mode=mode, n_steps=n_steps, note=f'not measured: the {limit:.0f} s were spent')); continue
-            if mode == 'compiled': torch._dynamo.reset(); compile_blocks(denoiser, backend=backend)
+            if left() < 0:
+                rows.append(EMPTY
+                            | dict(mode=mode, n_steps=n_steps, note=f'not measured: the {limit:.0f} s were spent'))
+                continue
+            if mode == 'compiled':
+                torch._dynamo.reset()
+                compile_blocks(denoiser, backend=backend)
             share = left()/(len(modes) - n)                # what is left for this mode, so that the next has its share
             until = now() + share
             rows += mode_rows(model, denoiser, kwargs, mode, n_steps, budgets, lambda: until - now(), costs, whole)
     except out_of as e: rows.append(EMPTY | dict(n_steps=n_steps, note=f'does not fit: {str(e).splitlines()[0][:120]}'))
     finally:
-        del denoiser; gc.collect()
+        del denoiser
+        gc.collect()
         if str(device).startswith('cuda'): torch.cuda.empty_cache()
     tidy = lambda v: float(f'{v:.4g}') if isinstance(v, float) else v
     return [{k: tidy(v) for k, v in r.items()} for r in rows]
 
+# %% ../nbs/31_real_size.ipynb #08d8a8c5
 def real_size_jobs(
     device='cuda',
     models=None,  # keys of `REAL` with commas between; by default all
@@ -293,5 +383,6 @@ def real_size_jobs(
 ):                # {(model,): function that makes its rows}
     "What `spectrum-nb bench --what real_size` measures; FLUX first"
     keys = [m.strip() for m in models.split(',')] if models else [*REAL]
-    if unknown := [k for k in keys if k not in REAL]: raise ValueError(f'no architecture called {unknown[0]!r}; choose among {", ".join(REAL)}')
+    if unknown := [k for k in keys if k not in REAL]:
+        raise ValueError(f'no architecture called {unknown[0]!r}; choose among {", ".join(REAL)}')
     return {(k,): partial(real_size_bench, k, device, limit=limit) for k in keys}

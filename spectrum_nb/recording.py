@@ -23,8 +23,16 @@ def impulse_response(
     **keywords, # of its `set_timesteps`
 ):              # (b [n] float64, A): the weights of the outputs and of the first sample in the last
     "What a scheduler makes in the end of each output, and of the sample that it began with; a `ValueError` for one that adds noise or calls the denoiser twice a step"
-    if noise := noise_of(scheduler): raise ValueError(f'{noise} adds noise at every step: its run is no weighted sum of outputs, it cannot be calibrated; use a deterministic scheduler')
-    if (order := getattr(scheduler, 'order', 1)) > 1: raise ValueError(f'{type(scheduler).__name__} calls the denoiser {order} times a step, which is not calibrated; use a scheduler of one call a step, as UniPC is')
+    if noise := noise_of(scheduler):
+        raise ValueError(
+            f'{noise} adds noise at every step: its run is no weighted sum of outputs, it cannot be calibrated; use a '
+            f'deterministic scheduler'
+        )
+    if (order := getattr(scheduler, 'order', 1)) > 1:
+        raise ValueError(
+            f'{type(scheduler).__name__} calls the denoiser {order} times a step, which is not calibrated; use a '
+            f'scheduler of one call a step, as UniPC is'
+        )
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(*arguments, **keywords)
     n = len(scheduler.timesteps)
@@ -45,6 +53,7 @@ class Heard:
     outputs:list=field(default_factory=list)   # v_0 … v_{n−1}, likewise
     dtype:object=None          # of the samples, as they were
 
+# %% ../nbs/27_recording.ipynb #cbf0606f
 @contextmanager
 def listening(
     pipe,         # pipeline
@@ -73,18 +82,28 @@ def listening(
     try: yield heard
     finally: pipe.scheduler = own
 
+# %% ../nbs/27_recording.ipynb #05193c49
 def response_of(
     scheduler,  # the pipeline's own
     heard,      # from `listening`
 ):              # [n] b
     "The impulse response of the run that was heard, checked against it: a `ValueError` if its outputs do not add up to its sample"
     args, keywords = heard.arguments
-    b, A = impulse_response(scheduler, *args, step_arguments=heard.step_arguments, **{k: v for k, v in keywords.items() if k != 'device'} | dict(device='cpu'))
-    if len(b) != len(heard.outputs): raise ValueError(f'the run made {len(heard.outputs)} steps of the {len(b)} of its schedule; calibrate a run from noise to the end')
+    b, A = impulse_response(scheduler, *args, step_arguments=heard.step_arguments,
+                            **{k: v for k, v in keywords.items() if k != 'device'} | dict(device='cpu'))
+    if len(b) != len(heard.outputs):
+        raise ValueError(
+            f'the run made {len(heard.outputs)} steps of the {len(b)} of its schedule; calibrate a run from noise to '
+            f'the end'
+        )
     last = A*heard.samples[0] + torch.tensor(b) @ torch.stack(heard.outputs)
     off = ((last - heard.samples[-1]).norm()/heard.samples[-1].norm()).item()
     allowed = max(1e-4, len(b)**.5*torch.finfo(heard.dtype).eps)
-    if not off <= allowed: raise ValueError(f'{type(scheduler).__name__} is not linear in the outputs as it is set (its sum is {off:.1e} off, {allowed:.0e} is allowed for rounding): thresholding, clipping or noise cannot be calibrated')
+    if not off <= allowed:
+        raise ValueError(
+            f'{type(scheduler).__name__} is not linear in the outputs as it is set (its sum is {off:.1e} off, '
+            f'{allowed:.0e} is allowed for rounding): thresholding, clipping or noise cannot be calibrated'
+        )
     return b
 
 # %% ../nbs/27_recording.ipynb #8ed3e41e
@@ -103,11 +122,15 @@ def measure_gains(
     for end in ends:
         hit = range(end - length + 1, end + 1)
         error = {i: v[hit[0] - 1] - v[i] for i in hit}
-        with listening(pipe, lambda step, output: output + error[step].view_as(output).to(output) if step in error else output) as again: sample()
+        with listening(
+                pipe, lambda step, output: output + error[step].view_as(output).to(output)
+                if step in error else output) as again:
+            sample()
         pushed = sum(response[i]*error[i] for i in hit).norm()
         gains.append(((again.samples[-1] - heard.samples[-1]).norm()/pushed).item())
     return ends, gains
 
+# %% ../nbs/27_recording.ipynb #40c8eda8
 def gains_between(
     steps,      # at which disturbances ended
     gains,      # there
@@ -133,6 +156,9 @@ class Sketch:
         if len(flat) <= self.size: return flat.double().cpu()
         rows = -(-len(flat)//self.size)
         if self.signs is None or len(self.signs) != len(flat):
-            self.signs = (torch.randint(2, (len(flat),), dtype=torch.int8, generator=torch.Generator().manual_seed(self.seed))*2 - 1).to(flat.device)
+            self.signs = (
+                torch.randint(2,
+                              (len(flat),), dtype=torch.int8, generator=torch.Generator().manual_seed(self.seed))*2 -
+                1).to(flat.device)
         signed = torch.nn.functional.pad(flat.float()*self.signs, (0, rows*self.size - len(flat)))
         return signed.view(rows, self.size).sum(0, dtype=torch.float64).cpu()

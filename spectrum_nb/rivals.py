@@ -32,6 +32,7 @@ class Method:
     scheduler:object # scheduler
     feature:str='hidden'  # what is forecast, see `apply_spectrum`
 
+# %% ../nbs/25_rivals.ipynb #45ecd8e7
 def all_methods(
     pipe,           # pipeline; its scheduler is the sampler
     n_steps:int=50, # steps of the full run
@@ -39,12 +40,19 @@ def all_methods(
     blends=(.5,),   # shares of the Chebyshev forecast
 ):                  # list of Method; the first is the reference
     "The full run; Spectrum; the same sampler with as many steps as Spectrum has passes; a second-order one with as many"
-    if len(find_denoisers(pipe)) > 1: raise ValueError('the passes of two denoisers depend on where one takes over; say yourself how many steps the rivals get, with run_methods')
+    if len(find_denoisers(pipe)) > 1:
+        raise ValueError(
+            'the passes of two denoisers depend on where one takes over; say yourself how many steps the rivals get, '
+            'with run_methods'
+        )
     own, second = pipe.scheduler, second_order(pipe.scheduler)
     name = lambda a, b: f'Spectrum α = {a:g}' + (f', w = {b:g}' if len(blends) > 1 else '')
     ours = [Method(name(a, b), n_steps, SpectrumConfig.paper(alpha=a, blend=b), own) for a in alphas for b in blends]
     budgets = [len(make_plan(SpectrumConfig.paper(alpha=a), n_steps).passes) for a in alphas]
-    fewer = [Method(f'{k} {what}steps', k, None, s) for s, what in (((own, ''), (second, 'UniPC ')) if second is not own else ((own, ''),)) for k in budgets]
+    fewer = [
+        Method(f'{k} {what}steps', k, None, s)
+        for s, what in (((own, ''), (second, 'UniPC ')) if second is not own else ((own, ''),)) for k in budgets
+    ]
     return [Method('full run', n_steps, None, own), *ours, *fewer]
 
 # %% ../nbs/25_rivals.ipynb #d00f1119
@@ -66,9 +74,12 @@ def run_methods(
             seconds, passes, samples = step_seconds(pipe, prompts, seeds, call, m.steps, m.config, bar.update)
             results.append(dict(name=m.name, steps=m.steps, passes=passes, seconds=seconds.sum(), samples=samples))
     finally:
-        bar.close(); pipe.scheduler = own; pipe.set_progress_bar_config(**bar_settings)
+        bar.close()
+        pipe.scheduler = own
+        pipe.set_progress_bar_config(**bar_settings)
     return results
 
+# %% ../nbs/25_rivals.ipynb #457fad65
 def summary(
     results,        # from `run_methods`
     captions=None,  # for caption agreement
@@ -77,19 +88,25 @@ def summary(
     full, rows = results[0], []
     for r in results:
         speedup = full['seconds']/r['seconds']
-        rows.append({k: r[k] for k in ('name', 'steps', 'passes')} | dict(seconds=r['seconds'], speedup=speedup, efficiency=speedup/(full['steps']/r['passes'])) | quality(r['samples'], full['samples'], captions))
+        rows.append({k: r[k] for k in ('name', 'steps', 'passes')}
+                    | dict(seconds=r['seconds'], speedup=speedup, efficiency=speedup/
+                           (full['steps']/r['passes'])) | quality(r['samples'], full['samples'], captions))
     return rows
 
+# %% ../nbs/25_rivals.ipynb #df75ec4d
 def as_text(
     rows,       # from `summary`
     timed=True, # with the columns that another run of the same command would not repeat
 ):              # str
     "The rows as a table in plain text, with the spread of PSNR over samples"
     width = max(len(r['name']) for r in rows) + 1
-    head = f'{"":{width}}{"passes":>7}' + (f'{"seconds":>9}{"speed-up":>10}{"efficiency":>12}' if timed else '') + f'{"PSNR dB":>15}{"SSIM":>8}{"as captioned":>14}'
-    line = lambda r: (f'{r["name"]:{width}}{r["passes"]:7}' + (f'{r["seconds"]:9.2f}{r["speedup"]:9.2f}×{r["efficiency"]:12.2f}' if timed else '')
-                      + (f'{"the same":>15}{"":>8}' if r['psnr'] is None or np.isinf(r['psnr']) else f'{r["psnr"]:8.1f} ± {r["psnr_std"]:4.1f}{r["ssim"]:8.3f}')
-                      + (f'{100*r["agreement"]["all"]:12.0f} %' if 'agreement' in r else ''))
+    head = f'{"":{width}}{"passes":>7}' + (f'{"seconds":>9}{"speed-up":>10}{"efficiency":>12}'
+                                           if timed else '') + f'{"PSNR dB":>15}{"SSIM":>8}{"as captioned":>14}'
+    line = lambda r: (f'{r["name"]:{width}}{r["passes"]:7}' +
+                      (f'{r["seconds"]:9.2f}{r["speedup"]:9.2f}×{r["efficiency"]:12.2f}'
+                       if timed else '') + (f'{"the same":>15}{"":>8}' if r['psnr'] is None or np.isinf(r['psnr']) else
+                                            f'{r["psnr"]:8.1f} ± {r["psnr_std"]:4.1f}{r["ssim"]:8.3f}') +
+                      (f'{100*r["agreement"]["all"]:12.0f} %' if 'agreement' in r else ''))
     return '\n'.join([head, *map(line, rows)])
 
 # %% ../nbs/25_rivals.ipynb #c52d8360
@@ -106,7 +123,9 @@ def comparison_figure(
     fig, axs = new_figure(n, height=.95*len(results) + .6, n_rows=len(results), squeeze=False)
     for row, r in zip(axs, results):
         for k, ax in enumerate(row):
-            ax.imshow(r['samples'][k], interpolation='nearest'); ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
+            ax.imshow(r['samples'][k], interpolation='nearest')
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
             if r is results[0]: ax.set_title('\n'.join(textwrap.wrap(captions[k], 18)), fontsize=5.5, loc='center')
             else: ax.set_xlabel(f'{psnr(r["samples"][k], results[0]["samples"][k]):.0f} dB', fontsize=6.5, labelpad=1)
         row[0].set_ylabel(f'{r["name"]}\n{r["passes"]} passes', fontsize=7, rotation=0, ha='right', va='center')
@@ -124,4 +143,6 @@ def quality_bench(
     pipe = load_pipeline(model, device)
     call = call_defaults(pipe, model)
     captions = held_captions(call, n_prompts)
-    return summary(run_methods(pipe, captions, range(2000, 2000 + n_prompts), call, all_methods(pipe, n_steps, blends=(.5, 1))), captions)
+    return summary(
+        run_methods(pipe, captions, range(2000, 2000 + n_prompts), call, all_methods(pipe, n_steps, blends=(.5, 1))),
+        captions)

@@ -37,12 +37,14 @@ def read_prompts(
 ):                   # list of prompts
     "The prompts of a file; a `ValueError` says what is wrong with it"
     try: text = Path(path).read_text(encoding='utf-8-sig')
-    except UnicodeDecodeError as e: raise ValueError(f'{path} is not UTF-8 (byte {e.start}); save it as UTF-8 text') from None
+    except UnicodeDecodeError as e:
+        raise ValueError(f'{path} is not UTF-8 (byte {e.start}); save it as UTF-8 text') from None
     prompts = [line.strip() for line in text.split('\n') if line.strip() and not line.strip().startswith('#')]
     prompts = ['' if p == '""' else p for p in prompts]
     if not prompts: raise ValueError(f'{path} holds no prompt: write one a line')
     return prompts[:limit]
 
+# %% ../nbs/38_runs.ipynb #1cc39a8f
 @dataclass(frozen=True)
 class Job:
     "One sample to be made"
@@ -58,6 +60,7 @@ class Job:
         digest = hashlib.sha256(self.prompt.encode()).hexdigest()[:10]
         return '-'.join(filter(None, [words, digest, f's{self.seed}', f'{self.nth + 1}' if self.nth else '']))
 
+# %% ../nbs/38_runs.ipynb #8d93295c
 def all_jobs(
     prompts,  # list of prompts
     seeds,    # seeds for each of them
@@ -80,6 +83,7 @@ def make_sample(
     (sample,), ran = make_samples(pipe, prompt, [seed], n_steps, config, call, **applied)
     return sample, ran
 
+# %% ../nbs/38_runs.ipynb #53377f81
 def for_batch(
     call,  # arguments of a pipeline's call
     n,     # samples of a batch
@@ -87,6 +91,7 @@ def for_batch(
     "Arguments for a list of prompts: what is not to be drawn must be a list, too"
     return call | {k: [v]*n for k, v in call.items() if k.startswith('negative_prompt') and isinstance(v, str)}
 
+# %% ../nbs/38_runs.ipynb #276f6aab
 def make_samples(
     pipe,       # pipeline
     prompt,     # what to draw
@@ -109,6 +114,7 @@ def make_samples(
     if not all(np.isfinite(sample).all() for sample in samples): raise RuntimeError('the sample holds NaN or infinity')
     return samples, dict(seconds=now() - start, passes=passes, runs=[asdict(s) for s in handle.stats] if handle else [])
 
+# %% ../nbs/38_runs.ipynb #d854dcaf
 def save_sample(
     sample,    # picture [h, w, 3] or clip [frames, h, w, 3], float in [0, 1]
     path,      # where it goes, without suffix
@@ -119,17 +125,23 @@ def save_sample(
     beside = lambda suffix: Path(path).with_name(Path(path).name + suffix)
     if sample.ndim == 4:
         if exact:
-            with whole_file(beside('.mkv')) as part, imageio.get_writer(part, fps=fps, codec='ffv1', pixelformat='bgr0', macro_block_size=1, quality=None) as film:
+            with whole_file(beside('.mkv')) as part, imageio.get_writer(part, fps=fps, codec='ffv1', pixelformat='bgr0',
+                                                                        macro_block_size=1, quality=None) as film:
                 for frame in sample: film.append_data((255*frame).round().astype(np.uint8))
-        with whole_file(beside('.mp4')) as part: export_to_video(list(sample), str(part), fps=fps, quality=9, macro_block_size=2)
-    with whole_file(beside('.png')) as part: Image.fromarray((255*(sample if sample.ndim == 3 else sample[0])).round().astype(np.uint8)).save(part)
+        with whole_file(beside('.mp4')) as part:
+            export_to_video(list(sample), str(part), fps=fps, quality=9, macro_block_size=2)
+    with whole_file(beside('.png')) as part:
+        Image.fromarray((255*(sample if sample.ndim == 3 else sample[0])).round().astype(np.uint8)).save(part)
     return beside('.png' if sample.ndim == 3 else '.mp4')
 
+# %% ../nbs/38_runs.ipynb #cbf3c351
 def load_sample(
     path,  # PNG, MP4 or MKV
 ):         # picture or clip as float array in [0, 1]
     "A saved sample; a clip as its frames; a `ValueError` names the file that cannot be read"
-    try: return np.stack([as_array(f) for f in iio.imiter(path)]) if Path(path).suffix in ('.mp4', '.mkv') else as_array(Image.open(path).convert('RGB'))
+    try:
+        return np.stack([as_array(f) for f in iio.imiter(path)]) if Path(path).suffix in ('.mp4', '.mkv') else as_array(
+            Image.open(path).convert('RGB'))
     except Exception as e: raise ValueError(f'{path} cannot be read: {first_line(e)}') from e
 
 # %% ../nbs/38_runs.ipynb #92011ff1
@@ -160,23 +172,31 @@ def sample_all(
             note = lambda job: folder/'failed'/f'{job.name}.json'
             left = [*batch]
             try:
-                samples, ran = make_samples(pipe, batch[0].prompt, [job.seed for job in batch], n_steps, config, call, **applied if config is not None else {})
+                samples, ran = make_samples(pipe, batch[0].prompt, [job.seed for job in batch], n_steps, config, call,
+                                            **applied if config is not None else {})
                 runs = ran.pop('runs')
                 ran |= {what: {r['context']: r[what] for r in runs if r[what]} for what in ('errors', 'fallbacks')}
                 ran['seconds'] /= len(batch)
                 for job, sample in zip(batch, samples):
-                    against = {'against full': fidelity(sample, load_sample(find_sample(reference, job.name)))} if reference else {}
+                    against = {'against full': fidelity(sample, load_sample(find_sample(reference, job.name)))
+                               } if reference else {}
                     file = save_sample(sample, folder/job.name, fps, exact)
-                    save_json(asdict(job) | dict(file=file.name, size=list(sample.shape)) | ran | against | dict(settings=settings) | provenance(pipe.device), folder/f'{job.name}.json')
+                    save_json(
+                        asdict(job) | dict(file=file.name, size=list(sample.shape)) | ran | against
+                        | dict(settings=settings) | provenance(pipe.device), folder/f'{job.name}.json')
                     note(job).unlink(missing_ok=True)
                     left.remove(job)
                     made += 1
             except Exception as e:              # of one prompt; Ctrl-C passes
-                for job in left: save_json(asdict(job) | dict(error=f'{type(e).__name__}: {e}', traceback=traceback.format_exc()), note(job))
+                for job in left:
+                    save_json(
+                        asdict(job) | dict(error=f'{type(e).__name__}: {e}', traceback=traceback.format_exc()),
+                        note(job))
                 failed += [job.name for job in left]
     finally: pipe.set_progress_bar_config(**bar_settings)
     return made, len(mine) - len(todo), failed
 
+# %% ../nbs/38_runs.ipynb #f6be2def
 def batches(
     jobs,   # list of Job
     num,    # samples of a prompt that are drawn together
@@ -184,28 +204,40 @@ def batches(
     "Neighbours with the same prompt, so many at a time"
     out = []
     for job in jobs:
-        if out and len(out[-1]) < num and (out[-1][-1].prompt, out[-1][-1].nth) == (job.prompt, job.nth): out[-1].append(job)
+        if out and len(out[-1]) < num and (out[-1][-1].prompt, out[-1][-1].nth) == (job.prompt, job.nth):
+            out[-1].append(job)
         else: out.append([job])
     return out
 
+# %% ../nbs/38_runs.ipynb #f1c86f96
 def claim(folder, settings):
     "Write settings.json, or raise a `ValueError` if the folder holds samples of other settings"
     path, settings = Path(folder)/'settings.json', json.loads(json.dumps(finite(settings)))
     if path.exists():
         there = read_json(path)
-        if other := {k: (there.get(k), settings.get(k)) for k in there.keys() | settings.keys() if there.get(k) != settings.get(k)}:
-            raise ValueError(f'{folder} holds samples of other settings: ' + ', '.join(f'{k} was {a!r}, now {b!r}' for k, (a, b) in sorted(other.items())) + '; use another --name or --out')
+        if other := {
+                k: (there.get(k), settings.get(k)) for k in there.keys() | settings.keys()
+                if there.get(k) != settings.get(k)
+        }:
+            raise ValueError(f'{folder} holds samples of other settings: ' +
+                             ', '.join(f'{k} was {a!r}, now {b!r}'
+                                       for k, (a, b) in sorted(other.items())) + '; use another --name or --out')
     else: save_json(settings, path)
 
+# %% ../nbs/38_runs.ipynb #6cf53220
 def find_sample(folder, name):
     "The file of a finished sample, the one without loss if there are two"
     exact = Path(folder)/f'{name}.mkv'
     return exact if exact.exists() else Path(folder)/read_json(Path(folder)/f'{name}.json', file=str)['file']
 
+# %% ../nbs/38_runs.ipynb #0f6988c1
 def finished(folder, **kinds):
     "{name: its JSON} of the finished samples of a folder, in order of name; `kinds` as in `read_json`"
     kinds = dict(file=str, passes=dict, seconds=int | float | None) | kinds
-    return {p.stem: read_json(p, **kinds) for p in sorted(Path(folder).glob('*.json')) if p.name not in ('settings.json', 'summary.json')}
+    return {
+        p.stem: read_json(p, **kinds) for p in sorted(Path(folder).glob('*.json'))
+        if p.name not in ('settings.json', 'summary.json')
+    }
 
 # %% ../nbs/38_runs.ipynb #b0ea1e75
 def summarise(
@@ -213,8 +245,10 @@ def summarise(
 ):           # dict: samples, failures, mean seconds, passes, forecast errors, and fidelity where it was measured
     "The summary of a folder, also saved there as summary.json, with a contact sheet"
     rows = list(finished(folder, prompt=str, errors=dict).values())
-    out = dict(samples=len(rows), failed=sorted(p.stem for p in (Path(folder)/'failed').glob('*.json')), seconds=finite_mean((r['seconds'] for r in rows), None),
-               passes=finite_mean((len(p) for r in rows for p in r['passes'].values()), None), forecast_error=finite_mean((e for r in rows for c in r['errors'].values() for e in c.values()), None))
+    out = dict(samples=len(rows), failed=sorted(p.stem for p in (Path(folder)/'failed').glob('*.json')),
+               seconds=finite_mean((r['seconds'] for r in rows), None), passes=finite_mean(
+                   (len(p) for r in rows for p in r['passes'].values()), None), forecast_error=finite_mean(
+                       (e for r in rows for c in r['errors'].values() for e in c.values()), None))
     if against := [r['against full'] for r in rows if 'against full' in r]: out['against full'] = spread(against)
     save_json(out, Path(folder)/'summary.json')
     if rows:
@@ -222,11 +256,14 @@ def summarise(
         plt.close(fig)
     return out
 
+# %% ../nbs/38_runs.ipynb #0e3cb529
 def spread(scores):
     "{name: mean, name_std: standard deviation over samples} of a list of dicts; equal samples have no finite PSNR and are left out of its mean"
     out = {k: [s[k] for s in scores if s[k] is not None and np.isfinite(s[k])] for k in scores[0]}
-    return {k: finite_mean(v, None) for k, v in out.items()} | {f'{k}_std': float(np.std(v)) if v else None for k, v in out.items()}
+    return {k: finite_mean(v, None)
+            for k, v in out.items()} | {f'{k}_std': float(np.std(v)) if v else None for k, v in out.items()}
 
+# %% ../nbs/38_runs.ipynb #4b5f61be
 @in_style
 def contact_sheet(
     folder,      # of samples
@@ -240,9 +277,11 @@ def contact_sheet(
     for ax in axs.flat: ax.axis('off')
     for ax, row in zip(axs.flat, rows):
         ax.imshow(still(load_sample(Path(folder)/row['file'])), interpolation='nearest')
-        ax.set_title('\n'.join(textwrap.wrap(row['prompt'].replace('$', r'\$'), 22, max_lines=3)), fontsize=4.5, loc='center')
+        ax.set_title('\n'.join(textwrap.wrap(row['prompt'].replace('$', r'\$'), 22, max_lines=3)), fontsize=4.5,
+                     loc='center')
     return fig
 
+# %% ../nbs/38_runs.ipynb #b719c328
 def compare_folders(
     a,  # folder of samples to judge
     b,  # folder of the samples to judge them by
@@ -250,19 +289,28 @@ def compare_folders(
     "PSNR, SSIM and relative error between the samples of two folders that have the same prompt and seed; of clips without loss where a folder keeps them, else with what MP4 costs"
     left, right = finished(a), finished(b)
     common = [n for n in left if n in right]
-    if not common: raise ValueError(f'{a} ({len(left)} samples) and {b} ({len(right)} samples) have no prompt and seed in common')
+    if not common:
+        raise ValueError(f'{a} ({len(left)} samples) and {b} ({len(right)} samples) have no prompt and seed in common')
     scores = [(n, fidelity(*both(a, b, n))) for n in tqdm(common, desc='comparing')]
-    return dict(pairs=len(common), only_a=len(left) - len(common), only_b=len(right) - len(common),
-                passes=[finite_mean((len(p) for n in common for p in side[n]['passes'].values()), None) for side in (left, right)],
-                seconds=[finite_mean((side[n]['seconds'] for n in common), None) for side in (left, right)]) | spread([s for _, s in scores]), scores
+    return dict(
+        pairs=len(common), only_a=len(left) - len(common), only_b=len(right) - len(common), passes=[
+            finite_mean((len(p) for n in common for p in side[n]['passes'].values()), None) for side in (left, right)
+        ], seconds=[finite_mean((side[n]['seconds'] for n in common), None)
+                    for side in (left, right)]) | spread([s for _, s in scores]), scores
 
+# %% ../nbs/38_runs.ipynb #01c4e098
 def both(a, b, name):
     "The sample of one name in two folders; a `ValueError` names the files if their shapes differ"
     one, other = find_sample(a, name), find_sample(b, name)
     x, y = load_sample(one), load_sample(other)
-    if x.shape != y.shape: raise ValueError(f'cannot compare {one}, of shape {x.shape}, with {other}, of shape {y.shape}: make them of one size and length first')
+    if x.shape != y.shape:
+        raise ValueError(
+            f'cannot compare {one}, of shape {x.shape}, with {other}, of shape {y.shape}: make them of one size and '
+            f'length first'
+        )
     return x, y
 
+# %% ../nbs/38_runs.ipynb #58173148
 @in_style
 def comparison_strip(
     a,       # folder
@@ -274,7 +322,10 @@ def comparison_strip(
     fig, axs = new_figure(min(n, len(scores)), height=3.3, n_rows=3, squeeze=False)
     for (name, score), column in zip(scores, axs.T):
         x, y = map(still, both(a, b, name))
-        for ax, image in zip(column, (x, y, np.clip(4*np.abs(x - y), 0, 1))): ax.imshow(image, interpolation='nearest'); ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
+        for ax, image in zip(column, (x, y, np.clip(4*np.abs(x - y), 0, 1))):
+            ax.imshow(image, interpolation='nearest')
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
         column[2].set_xlabel(f'{score["psnr"]:.1f} dB', fontsize=7)
     for ax, label in zip(axs[:, 0], (Path(a).name, Path(b).name, 'difference ×4')): ax.set_ylabel(label, fontsize=7)
     return fig

@@ -22,12 +22,18 @@ from .presets import call_defaults, held_captions, load_pipeline
 FIXED = dict(clip_sample=False)        # the tiny SDXL's latents are not within ±1
 SAMPLERS = (   # model, scheduler, settings that differ from the preset's
     *[('tiny-sdxl', f'{name}Scheduler', settings) for name, settings in (
-        ('EulerDiscrete', {}), ('LMSDiscrete', {}), ('DDIM', FIXED), ('PNDM', dict(skip_prk_steps=True)), ('IPNDM', {}), ('DPMSolverMultistep', {}), ('DPMSolverSinglestep', {}), ('UniPCMultistep', {}),
-        ('DEISMultistep', {}), ('HeunDiscrete', {}), ('KDPM2Discrete', {}), ('TCD', {}), ('EulerAncestralDiscrete', {}), ('KDPM2AncestralDiscrete', {}), ('DPMSolverSDE', {}),
-        ('DPMSolverMultistep', dict(algorithm_type='sde-dpmsolver++')), ('SASolver', {}), ('DDPM', FIXED), ('LCM', FIXED))],
-    ('tiny-flux', 'FlowMatchEulerDiscreteScheduler', {}), ('tiny-sd3', 'FlowMatchHeunDiscreteScheduler', {}), ('tiny-wan', 'UniPCMultistepScheduler', dict(use_flow_sigmas=True, prediction_type='flow_prediction')),
-    ('tiny-flux', 'FlowMatchEulerDiscreteScheduler', dict(stochastic_sampling=True)), ('tiny-flux', 'FlowMatchLCMScheduler', {}))
+        ('EulerDiscrete', {}), ('LMSDiscrete', {}), ('DDIM', FIXED), ('PNDM', dict(skip_prk_steps=True)),
+        ('IPNDM', {}), ('DPMSolverMultistep', {}), ('DPMSolverSinglestep', {}), ('UniPCMultistep', {}),
+        ('DEISMultistep', {}), ('HeunDiscrete', {}), ('KDPM2Discrete', {}), ('TCD', {}),
+        ('EulerAncestralDiscrete', {}), ('KDPM2AncestralDiscrete', {}), ('DPMSolverSDE', {}),
+        ('DPMSolverMultistep', dict(algorithm_type='sde-dpmsolver++')), ('SASolver', {}), ('DDPM', FIXED),
+        ('LCM', FIXED))],
+    ('tiny-flux', 'FlowMatchEulerDiscreteScheduler', {}), ('tiny-sd3', 'FlowMatchHeunDiscreteScheduler', {}),
+    ('tiny-wan', 'UniPCMultistepScheduler', dict(use_flow_sigmas=True, prediction_type='flow_prediction')),
+    ('tiny-flux', 'FlowMatchEulerDiscreteScheduler', dict(stochastic_sampling=True)),
+    ('tiny-flux', 'FlowMatchLCMScheduler', {}))
 
+# %% ../nbs/16_samplers.ipynb #d4e13a28
 def try_sampler(
     model,       # preset of a tiny model
     scheduler,   # name of a class of diffusers
@@ -36,29 +42,42 @@ def try_sampler(
     n_samples:int=8,  # samples, one batch
 ):                    # dict: a row of the table
     "Run one sampler plainly, with every step a pass, with the paper's plan and with fewer steps; an `AssertionError` if steps, lengths or contexts are not as planned"
-    pipe = load_pipeline(model); pipe.set_progress_bar_config(disable=True)
+    pipe = load_pipeline(model)
+    pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config, **settings)
     call = call_defaults(pipe, model)
     prompts, (denoiser,), calls = held_captions(call, n_samples), find_denoisers(pipe).values(), []
     def sample(n=n_steps):
-        calls.clear(); torch.manual_seed(0)                                            # some schedulers draw noise without the generator
-        return pipe(prompt=prompts, num_inference_steps=n, generator=[torch.Generator().manual_seed(i) for i in range(n_samples)], output_type='np', **call)[0]
+        calls.clear()
+        # some schedulers draw noise without the generator
+        torch.manual_seed(0)
+        return pipe(prompt=prompts, num_inference_steps=n,
+                    generator=[torch.Generator().manual_seed(i) for i in range(n_samples)], output_type='np', **call)[0]
     watch = denoiser.register_forward_pre_hook(lambda *_: calls.append(1))
     try:
         full, n_calls = sample(), len(calls)
         with apply_spectrum(pipe, SpectrumConfig(speedup=1)): same = sample()
-        plan = make_plan(SpectrumConfig.paper(), n_steps + ('PNDM' in scheduler and 'IPNDM' not in scheduler))      # PNDM computes its second step twice
+        # PNDM computes its second step twice
+        plan = make_plan(SpectrumConfig.paper(), n_steps + ('PNDM' in scheduler and 'IPNDM' not in scheduler))
         with apply_spectrum(pipe, plan) as run: got = sample()
         few = sample(len(plan.passes))
     finally: watch.remove()
     assert (same == full).all(), 'a run of passes only differs from the plain one'
-    for s in run.stats: assert s.passes == [p for p in plan.passes if p < s.n_steps] and not s.fallbacks, (s.context, s.passes, s.fallbacks)
-    assert sum(s.n_steps for s in run.stats) == n_calls, f'{n_calls} calls, but runs of {[s.n_steps for s in run.stats]}'
-    agreement = lambda samples: min(v for k, v in quality(samples, full, prompts)['agreement'].items() if k not in ('shape', 'all'))      # tiny-wan's shapes are poor in the full run, too
-    note = ', '.join(f'{k}={v}' for k, v in settings.items() if k in ('algorithm_type', 'stochastic_sampling', 'use_flow_sigmas'))
-    return dict(sampler=scheduler.removesuffix('Scheduler') + (f' ({note})' if note else ''), model=model, noisy=bool(noise_of(pipe.scheduler)), calls=n_calls,
-                runs=', '.join(f'{s.context or "·"} {s.n_passes}/{s.n_steps}' for s in run.stats), error=max(e for s in run.stats for e in s.errors.values()),
-                psnr=quality(got, full)['psnr'], agreement=[agreement(full), agreement(got), agreement(few)])
+    for s in run.stats:
+        assert s.passes == [p for p in plan.passes if p < s.n_steps] and not s.fallbacks, (s.context, s.passes,
+                                                                                           s.fallbacks)
+    assert sum(s.n_steps
+               for s in run.stats) == n_calls, f'{n_calls} calls, but runs of {[s.n_steps for s in run.stats]}'
+    # tiny-wan's shapes are poor in the full run, too
+    agreement = lambda samples: min(v for k, v in quality(samples, full, prompts)['agreement'].items()
+                                    if k not in ('shape', 'all'))
+    note = ', '.join(f'{k}={v}' for k, v in settings.items()
+                     if k in ('algorithm_type', 'stochastic_sampling', 'use_flow_sigmas'))
+    return dict(sampler=scheduler.removesuffix('Scheduler') + (f' ({note})' if note else ''), model=model,
+                noisy=bool(noise_of(pipe.scheduler)), calls=n_calls,
+                runs=', '.join(f'{s.context or "·"} {s.n_passes}/{s.n_steps}' for s in run.stats),
+                error=max(e for s in run.stats for e in s.errors.values()), psnr=quality(got, full)['psnr'],
+                agreement=[agreement(full), agreement(got), agreement(few)])
 
 # %% ../nbs/16_samplers.ipynb #86eeb50e
 def second_order(

@@ -125,6 +125,7 @@ def spaced_passes(
 # %% ../nbs/04_schedule.ipynb #09884fba
 SPEEDUP = 3.5      # steps ÷ passes, unless another number is said: 14 passes of 50 steps, the paper's
 
+# %% ../nbs/04_schedule.ipynb #f91e3c8f
 def passes_for(
     speedup:float, # steps ÷ passes, at least
     n_steps:int,   # steps
@@ -202,6 +203,7 @@ def noise_shares(
     levels = np.asarray(sigmas, dtype=float)
     return levels/(1 + levels) if levels.max() > 1 + 1e-6 else levels
 
+# %% ../nbs/04_schedule.ipynb #486058c2
 def step_density(
     sigmas,  # [n + 1] noise levels
     power,   # q
@@ -209,6 +211,7 @@ def step_density(
     "|Δσ|^q of the steps, with σ the share of noise in the sample"
     return np.maximum(np.abs(np.diff(noise_shares(sigmas))), 1e-9)**power
 
+# %% ../nbs/04_schedule.ipynb #abfc959e
 def density_of(
     sigmas,       # [n_steps + 1] noise levels, or None where the sampler does not tell them
     n_steps:int,  # number of steps of the run

@@ -31,11 +31,14 @@ def new_tiny_sd3(
     clips = [small_clip(tokenizer, text_width//2, kind=CLIPTextModelWithProjection) for _ in range(2)]
     t5 = small_t5(tokenizer, text_width)
     latent, head_dim = side//2**(len(vae.config.block_out_channels) - 1), 32
-    denoiser = SD3Transformer2DModel(sample_size=latent, patch_size=2, in_channels=vae.config.latent_channels, out_channels=vae.config.latent_channels,
-                                     num_layers=n_blocks, attention_head_dim=head_dim, num_attention_heads=width//head_dim, joint_attention_dim=text_width,
-                                     caption_projection_dim=width, pooled_projection_dim=text_width, pos_embed_max_size=latent//2, qk_norm='rms_norm')
+    denoiser = SD3Transformer2DModel(sample_size=latent, patch_size=2, in_channels=vae.config.latent_channels,
+                                     out_channels=vae.config.latent_channels, num_layers=n_blocks,
+                                     attention_head_dim=head_dim, num_attention_heads=width//head_dim,
+                                     joint_attention_dim=text_width, caption_projection_dim=width,
+                                     pooled_projection_dim=text_width, pos_embed_max_size=latent//2, qk_norm='rms_norm')
     start_as_identity(denoiser)
-    return StableDiffusion3Pipeline(denoiser, FlowMatchEulerDiscreteScheduler(shift=3.), vae, clips[0], tokenizer, clips[1], copy.deepcopy(tokenizer), t5, copy.deepcopy(tokenizer))
+    return StableDiffusion3Pipeline(denoiser, FlowMatchEulerDiscreteScheduler(shift=3.), vae, clips[0], tokenizer,
+                                    clips[1], copy.deepcopy(tokenizer), t5, copy.deepcopy(tokenizer))
 
 # %% ../nbs/11_sd3.ipynb #aba29066
 def sd3_velocity(
@@ -47,9 +50,12 @@ def sd3_velocity(
 ):              # [B, C, h, w] velocity, noise − data
     "One call of the denoiser as `StableDiffusion3Pipeline` makes it"
     sequence, pooled = embeds
-    return pipe.transformer(hidden_states=latents, timestep=1000*sigma, encoder_hidden_states=sequence, pooled_projections=pooled, return_dict=False)[0]
+    return pipe.transformer(hidden_states=latents, timestep=1000*sigma, encoder_hidden_states=sequence,
+                            pooled_projections=pooled, return_dict=False)[0]
 
+# %% ../nbs/11_sd3.ipynb #5200c24b
 def sd3_embeds(pipe, captions):
     "(sequence, pooled) embeddings of `captions`, with gradients, as the pipeline's own `encode_prompt` computes them"
-    sequence, _, pooled, _ = pipe.encode_prompt(captions, captions, captions, do_classifier_free_guidance=False, max_sequence_length=pipe.tokenizer_max_length)
+    sequence, _, pooled, _ = pipe.encode_prompt(captions, captions, captions, do_classifier_free_guidance=False,
+                                                max_sequence_length=pipe.tokenizer_max_length)
     return sequence, pooled

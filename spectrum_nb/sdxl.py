@@ -27,17 +27,22 @@ def new_tiny_sdxl(
     "A `StableDiffusionXLPipeline` of the published classes at toy size, with random weights around a given autoencoder"
     torch.manual_seed(seed)
     tokenizer = word_tokenizer(words, max_length)
-    clips = small_clip(tokenizer, text_width, 3), small_clip(tokenizer, text_width, 3, CLIPTextModelWithProjection)   # the last but one layer is read
+    # the last but one layer is read
+    clips = small_clip(tokenizer, text_width, 3), small_clip(tokenizer, text_width, 3, CLIPTextModelWithProjection)
     vae = copy.deepcopy(vae)
-    vae.register_to_config(latents_mean=[vae.config.shift_factor or 0.]*vae.config.latent_channels, latents_std=[1.]*vae.config.latent_channels)
+    vae.register_to_config(latents_mean=[vae.config.shift_factor or 0.]*vae.config.latent_channels,
+                           latents_std=[1.]*vae.config.latent_channels)
     channels, time_width = vae.config.latent_channels, 16
-    unet = UNet2DConditionModel(sample_size=side//2**(len(vae.config.block_out_channels) - 1), in_channels=channels, out_channels=channels,
-                                down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'), up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D'),
-                                block_out_channels=widths, layers_per_block=1, attention_head_dim=[w//16 for w in widths], norm_num_groups=16,
-                                cross_attention_dim=2*text_width, use_linear_projection=True, addition_embed_type='text_time',
-                                addition_time_embed_dim=time_width, projection_class_embeddings_input_dim=6*time_width + text_width)
-    scheduler = EulerDiscreteScheduler(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', steps_offset=1, timestep_spacing='leading')
-    return StableDiffusionXLPipeline(vae, clips[0], clips[1], tokenizer, copy.deepcopy(tokenizer), unet, scheduler, add_watermarker=False)
+    unet = UNet2DConditionModel(
+        sample_size=side//2**(len(vae.config.block_out_channels) - 1), in_channels=channels, out_channels=channels,
+        down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'), up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D'),
+        block_out_channels=widths, layers_per_block=1, attention_head_dim=[w//16 for w in widths], norm_num_groups=16,
+        cross_attention_dim=2*text_width, use_linear_projection=True, addition_embed_type='text_time',
+        addition_time_embed_dim=time_width, projection_class_embeddings_input_dim=6*time_width + text_width)
+    scheduler = EulerDiscreteScheduler(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', steps_offset=1,
+                                       timestep_spacing='leading')
+    return StableDiffusionXLPipeline(vae, clips[0], clips[1], tokenizer, copy.deepcopy(tokenizer), unet, scheduler,
+                                     add_watermarker=False)
 
 # %% ../nbs/12_sdxl.ipynb #878614db
 def sdxl_noise(
@@ -50,9 +55,12 @@ def sdxl_noise(
     "One call of the denoiser as `StableDiffusionXLPipeline` makes it for pictures that were not cropped"
     sequence, pooled = embeds
     size = tuple(n*pipe.vae_scale_factor for n in latents.shape[-2:])
-    ids = pipe._get_add_time_ids(size, (0, 0), size, dtype=pooled.dtype, text_encoder_projection_dim=pipe.text_encoder_2.config.projection_dim)
-    return pipe.unet(latents, timestep, encoder_hidden_states=sequence, added_cond_kwargs=dict(text_embeds=pooled, time_ids=ids.expand(len(latents), -1)), return_dict=False)[0]
+    ids = pipe._get_add_time_ids(size, (0, 0), size, dtype=pooled.dtype,
+                                 text_encoder_projection_dim=pipe.text_encoder_2.config.projection_dim)
+    return pipe.unet(latents, timestep, encoder_hidden_states=sequence, added_cond_kwargs=dict(
+        text_embeds=pooled, time_ids=ids.expand(len(latents), -1)), return_dict=False)[0]
 
+# %% ../nbs/12_sdxl.ipynb #ae10aa73
 def sdxl_embeds(pipe, captions):
     "(sequence, pooled) embeddings of `captions`, with gradients, as `encode_prompt` computes them; of an empty caption zeros, which is what the unconditional branch gets"
     sequence, _, pooled, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False)

@@ -44,6 +44,7 @@ class Scene:
         "The scene that `caption` names; a `ValueError` if it is not a sentence of this world"
         return find_caption(caption, by_caption(), sizes=RADII, colours=COLOURS, shapes=SHAPES, positions=POSITIONS)
 
+# %% ../nbs/19_shapes.ipynb #77280bb1
 def find_caption(
     caption:str,  # a sentence
     known,        # {caption: scene} of a world
@@ -51,7 +52,8 @@ def find_caption(
 ):                # the scene
     "What a caption names; a `ValueError` if it is not a sentence of the world"
     try: return known[caption.strip()]
-    except KeyError: raise ValueError(f'{caption!r} is not a caption of this world; write for example {next(iter(known))!r} '
+    except KeyError:
+        raise ValueError(f'{caption!r} is not a caption of this world; write for example {next(iter(known))!r} '
                                       f'({", ".join(f"{k} {list(v)}" for k, v in words.items())})') from None
 
 # %% ../nbs/19_shapes.ipynb #e7ec9c0c
@@ -59,11 +61,13 @@ def all_scenes():
     "Every scene, in a fixed order: size × colour × shape × position × another background colour"
     return [Scene(*s) for s in product(RADII, COLOURS, SHAPES, POSITIONS, COLOURS) if s[1] != s[4]]
 
+# %% ../nbs/19_shapes.ipynb #9bdcfc0b
 @cache
 def by_caption():
     "{caption: Scene} of the whole world"
     return {s.caption: s for s in all_scenes()}
 
+# %% ../nbs/19_shapes.ipynb #3ccca5bf
 def split_scenes(
     n_held:int=400,  # scenes that training never sees
     seed:int=0,      # seed of the split
@@ -71,6 +75,7 @@ def split_scenes(
     "Scenes for training and scenes whose captions are only used for measuring"
     return hold_out(all_scenes(), n_held, seed)
 
+# %% ../nbs/19_shapes.ipynb #5617d6f8
 def hold_out(scenes, n_held, seed):
     "(the rest, `n_held` of `scenes`), drawn by `seed`"
     order = np.random.default_rng(seed).permutation(len(scenes))
@@ -89,6 +94,7 @@ def signed_distance(
     if shape == 'cross':    return np.minimum(np.maximum(ax - 1.12, ay - .4), np.maximum(ax - .4, ay - 1.12))
     raise ValueError(f'unknown shape {shape!r}; choose one of {SHAPES}')
 
+# %% ../nbs/19_shapes.ipynb #eea4777c
 def coverage(shape, cx, cy, radius, side):
     "[side, side] share of each pixel that the shape covers, centre (cx, cy) and radius in pixels"
     y, x = np.mgrid[:side, :side] + .5
@@ -109,6 +115,7 @@ def paint(
     light = 1 + strength*(np.cos(angle)*x + np.sin(angle)*y)[..., None]
     return np.clip(mask*shade(colour) + (1 - mask)*shade(background)*light, 0, 1).astype(np.float32)
 
+# %% ../nbs/19_shapes.ipynb #812e11ae
 def draw(
     scene:Scene,   # what to draw
     rng,           # numpy Generator: exact place, size, shade and lighting are drawn from it
@@ -134,7 +141,8 @@ def find_object(
     if image.max() > 1: image = image/255
     side = len(image)
     y, x = np.mgrid[:side, :side] + .5
-    rim = np.ones((side, side), bool); rim[1:-1, 1:-1] = False
+    rim = np.ones((side, side), bool)
+    rim[1:-1, 1:-1] = False
     plane = np.stack([np.ones(side*side), x.ravel(), y.ravel()], 1)
     ground = (plane @ np.linalg.lstsq(plane[rim.ravel()], image[rim], rcond=None)[0]).reshape(image.shape)
     labels, n = ndimage.label(np.abs(image - ground).max(-1) > .18)
@@ -142,13 +150,16 @@ def find_object(
     mask = labels == 1 + np.argmax(ndimage.sum_labels(np.ones_like(x), labels, range(1, n + 1)))
     if mask.sum() < 20*(side/64)**2: return None
     core = mask & ndimage.binary_erosion(mask, iterations=max(1, side//32))
-    return mask, nearest_colour(np.median(image[core if core.any() else mask], 0)), nearest_colour(np.median(image[rim], 0))
+    return mask, nearest_colour(np.median(image[core if core.any() else mask],
+                                          0)), nearest_colour(np.median(image[rim], 0))
 
+# %% ../nbs/19_shapes.ipynb #1592ceaa
 def centre(mask):
     "(x, y) of the centroid of a mask, in pixels"
     y, x = np.nonzero(mask)
     return np.array([x.mean(), y.mean()]) + .5
 
+# %% ../nbs/19_shapes.ipynb #586a7218
 def nearest_shape(mask):
     "(name, radius) of the shape whose ideal picture of the same area and place overlaps `mask` best"
     radius = {s: np.sqrt(mask.sum()/unit_area[s]) for s in SHAPES}
@@ -170,6 +181,7 @@ def read_scene(
     size = min(RADII, key=lambda s: abs(np.log(RADII[s]/(radius*64/side))))
     return Scene(size, colour, shape, next(p for p, at in POSITIONS.items() if at == place), background)
 
+# %% ../nbs/19_shapes.ipynb #3e1e2e2c
 unit_area = {s: coverage(s, 50, 50, 30, 100).sum()/900 for s in SHAPES}
 
 # %% ../nbs/19_shapes.ipynb #76cbe8d1

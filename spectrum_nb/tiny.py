@@ -56,27 +56,36 @@ def fit(
         for i, p in enumerate(params):
             p.data.copy_(saved[f'{i}.weight'])
             ema.shadow_params[i].copy_(saved[f'{i}.average'])
-            if f'{i}.step' in saved: opt.state[p] = dict(step=saved[f'{i}.step'], exp_avg=saved[f'{i}.first'], exp_avg_sq=saved[f'{i}.second'])
+            if f'{i}.step' in saved:
+                opt.state[p] = dict(step=saved[f'{i}.step'], exp_avg=saved[f'{i}.first'],
+                                    exp_avg_sq=saved[f'{i}.second'])
         ema.optimization_step = int(saved['step'])
         return ema.optimization_step, [saved['loss'].item()]
     if path.exists():
         try: start, losses = resume()
-        except Exception as e: raise ValueError(f'{path} is damaged or of another training ({type(e).__name__}); remove it, and this stage begins anew') from e
+        except Exception as e:
+            raise ValueError(
+                f'{path} is damaged or of another training ({type(e).__name__}); remove it, and this stage begins anew'
+            ) from e
     def checkpoint(step):
         state = dict(step=torch.tensor(step), loss=torch.tensor(np.mean(losses[-save_every:])))
         for i, p in enumerate(params):
             state |= {f'{i}.weight': p.data, f'{i}.average': ema.shadow_params[i]}
             if moments := opt.state.get(p):                         # none yet for a layer that was not used
-                state |= {f'{i}.step': moments['step'], f'{i}.first': moments['exp_avg'], f'{i}.second': moments['exp_avg_sq']}
+                state |= {
+                    f'{i}.step': moments['step'], f'{i}.first': moments['exp_avg'], f'{i}.second': moments['exp_avg_sq']
+                }
         save_file({k: v.contiguous() for k, v in state.items()}, part := path.with_suffix('.part'))
         os.replace(part, path)
     bar = tqdm(range(start, n_steps), initial=start, total=n_steps, desc=name, mininterval=2)
     for step in bar:
         for group in opt.param_groups: group['lr'] = lr*rate(step)
         loss = loss_at(step)
-        opt.zero_grad(); loss.backward()
+        opt.zero_grad()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.)
-        opt.step(); ema.step(params)
+        opt.step()
+        ema.step(params)
         losses.append(loss.item())
         if (step + 1) % 50 == 0: bar.set_postfix(loss=f'{np.mean(losses[-50:]):.4f}')
         if (step + 1) % save_every == 0 or step + 1 == n_steps: checkpoint(step + 1)
@@ -92,9 +101,11 @@ def training_set(
 ):                # (pictures [N, 3, 32, 32] or clips [N, 3, 9, 32, 32], uint8; captions, a list of N)
     "Training samples, drawn once"
     rng = np.random.default_rng(seed)
-    drawn = np.stack([(draw(s, rng)*255).round().astype(np.uint8) for _ in range(n_each) for s in tqdm(scenes, desc='drawing', leave=False)])
+    drawn = np.stack([(draw(s, rng)*255).round().astype(np.uint8) for _ in range(n_each)
+                      for s in tqdm(scenes, desc='drawing', leave=False)])
     return torch.from_numpy(drawn).movedim(-1, 1).contiguous(), [s.caption for _ in range(n_each) for s in scenes]
 
+# %% ../nbs/21_tiny.ipynb #a488d375
 def batch_at(
     step:int,    # optimiser step
     n:int,       # size of the data set
@@ -131,12 +142,16 @@ def train_vae(
     loss = fit('vae', list(vae.parameters()), loss_at, n_steps, folder, lr)
     vae.eval()
     z = encode_all(vae, samples[:2048], scaled=False)
-    if 'latents_mean' in vae.config and 'scaling_factor' not in vae.config:          # Wan: a mean and a deviation for each channel
-        vae.register_to_config(latents_mean=z.transpose(0, 1).flatten(1).mean(1).tolist(), latents_std=z.transpose(0, 1).flatten(1).std(1).tolist())
-    elif 'shift_factor' in vae.config: vae.register_to_config(shift_factor=z.mean().item(), scaling_factor=1/z.std().item())
+    # Wan: a mean and a deviation for each channel
+    if 'latents_mean' in vae.config and 'scaling_factor' not in vae.config:
+        vae.register_to_config(latents_mean=z.transpose(0, 1).flatten(1).mean(1).tolist(),
+                               latents_std=z.transpose(0, 1).flatten(1).std(1).tolist())
+    elif 'shift_factor' in vae.config:
+        vae.register_to_config(shift_factor=z.mean().item(), scaling_factor=1/z.std().item())
     else: vae.register_to_config(scaling_factor=1/z.square().mean().sqrt().item())   # HunyuanVideo: no shift
     return loss
 
+# %% ../nbs/21_tiny.ipynb #b38ff3b7
 def teach_stills(
     vae,             # a video autoencoder that codes single frames, changed in place
     teacher,         # AutoencoderKL with as many latent channels
@@ -157,15 +172,18 @@ def teach_stills(
             y = vae.decode((z + .05*torch.randn(z.shape, generator=rng))[:, :, None]).sample[:, :, 0]
         error = y.float() - x
         return error.abs().mean() + 4*error.square().mean() + (code.float() - z).square().mean()/z.var()
-    with torch.no_grad(): vae.quant_conv.bias[teacher.config.latent_channels:] = -6.         # posteriors of deviation 0.05
+    with torch.no_grad():
+        vae.quant_conv.bias[teacher.config.latent_channels:] = -6.         # posteriors of deviation 0.05
     return fit('stills', list(vae.parameters()), loss_at, n_steps, folder, lr)
 
+# %% ../nbs/21_tiny.ipynb #3d3aafd6
 def scale_latents(vae, z):
     "Shift and scale the latents of an autoencoder as its pipeline expects them"
     if 'scaling_factor' in vae.config: return (z - (vae.config.get('shift_factor') or 0))*vae.config.scaling_factor
     per_channel = lambda values: torch.tensor(values).view(-1, *[1]*(z.ndim - 2))
     return (z - per_channel(vae.config.latents_mean))/per_channel(vae.config.latents_std)
 
+# %% ../nbs/21_tiny.ipynb #e6367e1e
 @torch.no_grad()
 def encode_all(
     vae,            # an autoencoder
@@ -174,7 +192,10 @@ def encode_all(
     batch:int=64,   # samples at a time
 ):                  # [N, C, …]
     "The latents of all `samples`"
-    z = torch.cat([vae.encode(p.float()/127.5 - 1).latent_dist.mode() for p in tqdm(samples.split(batch), desc='encoding', leave=False)])
+    z = torch.cat([
+        vae.encode(p.float()/127.5 - 1).latent_dist.mode()
+        for p in tqdm(samples.split(batch), desc='encoding', leave=False)
+    ])
     return scale_latents(vae, z) if scaled else z
 
 # %% ../nbs/21_tiny.ipynb #dfff70ba
@@ -193,10 +214,12 @@ def noise_batch(
     kept = torch.rand(batch, generator=rng) >= drop
     return x, noise, level, [captions[i] if k else '' for i, k in zip(index.tolist(), kept.tolist())], rng
 
+# %% ../nbs/21_tiny.ipynb #24f355e4
 def like(scale, x):
     "`scale` [B] shaped to multiply `x` [B, …]"
     return scale.view(-1, *[1]*(x.ndim - 1))
 
+# %% ../nbs/21_tiny.ipynb #6075712c
 def mix_flow(
     x,      # [B, C, …] clean latents
     noise,  # the same shape
@@ -207,6 +230,7 @@ def mix_flow(
     sigma = torch.sigmoid(level + mean)
     return (1 - like(sigma, x))*x + like(sigma, x)*noise, sigma, noise - x
 
+# %% ../nbs/21_tiny.ipynb #2a32a739
 def train_denoiser(
     pipe,           # pipeline, changed in place
     predict,        # its call, as `flux_velocity`
@@ -267,10 +291,12 @@ def check_place(
 ):
     "Raise a `ValueError` if something is there that is no pipeline"
     folder = Path(folder)
-    if folder.is_symlink() or folder.is_file(): raise ValueError(f'{folder} is no folder; a pipeline needs one of its own')
+    if folder.is_symlink() or folder.is_file():
+        raise ValueError(f'{folder} is no folder; a pipeline needs one of its own')
     if folder.is_dir() and any(folder.iterdir()) and not (folder/'model_index.json').is_file():
         raise ValueError(f'{folder} holds something else than a pipeline, which would be lost; choose another folder')
 
+# %% ../nbs/21_tiny.ipynb #5c123f86
 def save_pipeline(
     pipe,    # any diffusers pipeline
     folder,  # where it goes; a pipeline that is there is replaced, anything else is refused
@@ -285,8 +311,11 @@ def save_pipeline(
     for name, module in pipe.components.items():
         if isinstance(module, torch.nn.Module): setattr(pipe, name, copy.deepcopy(module).half())
     pipe.save_pretrained(part, safe_serialization=True)
-    for config in part.rglob('config.json'):                                   # without the place that a part was loaded from
-        config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != '_name_or_path'}, indent=2, sort_keys=True) + '\n')
+    # without the place that a part was loaded from
+    for config in part.rglob('config.json'):
+        config.write_text(
+            json.dumps({k: v for k, v in json.loads(config.read_text()).items()
+                        if k != '_name_or_path'}, indent=2, sort_keys=True) + '\n')
     (part/'training.json').write_text(json.dumps(notes, indent=1) + '\n')
     if folder.exists(): shutil.rmtree(folder)
     os.replace(part, folder)
@@ -313,8 +342,11 @@ class World:
     n_each:int         # training samples of a scene
     phrases:tuple=()   # sequences of words that are one token each
 
-PICTURES, CLIPS = World(all_scenes, split_scenes, draw, 5), World(all_clips, split_clips, draw_clip, 5, tuple(DIRECTIONS))
+# %% ../nbs/21_tiny.ipynb #5cd622ef
+PICTURES, CLIPS = World(all_scenes, split_scenes, draw, 5), World(all_clips, split_clips, draw_clip, 5,
+                                                                  tuple(DIRECTIONS))
 
+# %% ../nbs/21_tiny.ipynb #ffec47e8
 @dataclass(frozen=True)
 class Recipe:
     "How a tiny pipeline is trained"
@@ -328,14 +360,22 @@ class Recipe:
     around_vae:bool=True                    # made around the autoencoder of tiny-flux
     mix:object=lambda pipe: mix_flow        # function of the pipeline: how latents and noise are mixed
 
+# %% ../nbs/21_tiny.ipynb #f5065926
 RECIPES = {
-    'tiny-flux':    Recipe(new_tiny_flux, flux_velocity, flux_embeds, PICTURES, dict(vae=4500, denoiser=8000, guidance=1200), around_vae=False),
-    'tiny-sd3':     Recipe(new_tiny_sd3, sd3_velocity, sd3_embeds, PICTURES, dict(denoiser=5000)),
-    'tiny-sdxl':    Recipe(new_tiny_sdxl, sdxl_noise, sdxl_embeds, PICTURES, dict(denoiser=5000), mix=lambda pipe: mix_schedule(pipe.scheduler.alphas_cumprod)),
-    'tiny-hunyuan': Recipe(new_tiny_hunyuan, hunyuan_velocity, hunyuan_embeds, CLIPS, dict(vae=600, denoiser=2000, noisier=800, guidance=300), dict(vae=4, denoiser=48, noisier=48), rate=dict(vae=5e-4, noisier=1e-3)),
-    'tiny-wan':     Recipe(new_tiny_wan, wan_velocity, wan_embeds, CLIPS, dict(stills=1000, vae=600, denoiser=2000, noisier=800), dict(vae=4, denoiser=48, noisier=48), rate=dict(vae=5e-4, noisier=1e-3)),
+    'tiny-flux': Recipe(new_tiny_flux, flux_velocity, flux_embeds, PICTURES, dict(vae=4500, denoiser=8000,
+                                                                                  guidance=1200), around_vae=False),
+    'tiny-sd3': Recipe(new_tiny_sd3, sd3_velocity, sd3_embeds, PICTURES, dict(denoiser=5000)),
+    'tiny-sdxl': Recipe(new_tiny_sdxl, sdxl_noise, sdxl_embeds, PICTURES, dict(denoiser=5000),
+                        mix=lambda pipe: mix_schedule(pipe.scheduler.alphas_cumprod)),
+    'tiny-hunyuan': Recipe(new_tiny_hunyuan, hunyuan_velocity, hunyuan_embeds, CLIPS,
+                           dict(vae=600, denoiser=2000, noisier=800, guidance=300),
+                           dict(vae=4, denoiser=48, noisier=48), rate=dict(vae=5e-4, noisier=1e-3)),
+    'tiny-wan': Recipe(new_tiny_wan, wan_velocity, wan_embeds, CLIPS,
+                       dict(stills=1000, vae=600, denoiser=2000, noisier=800), dict(vae=4, denoiser=48, noisier=48),
+                       rate=dict(vae=5e-4, noisier=1e-3)),
 }
 
+# %% ../nbs/21_tiny.ipynb #d2eceb98
 def train_tiny(
     model,           # one of `RECIPES`, or a Recipe of one's own
     folder,          # where the trained pipeline is saved
@@ -344,28 +384,48 @@ def train_tiny(
     seed:int=0,      # seed of weights, samples and batches
 ):                   # (pipeline, {stage: final loss})
     "Train a tiny pipeline from nothing; half an hour to an hour on two cores, resumable"
-    if not isinstance(model, Recipe) and model not in RECIPES: raise ValueError(f'no recipe for {model!r}; choose one of {", ".join(RECIPES)}')
-    recipe, work = model if isinstance(model, Recipe) else RECIPES[model], Path(folder).with_name(Path(folder).name + '.work')
+    if not isinstance(model, Recipe) and model not in RECIPES:
+        raise ValueError(f'no recipe for {model!r}; choose one of {", ".join(RECIPES)}')
+    recipe, work = model if isinstance(model,
+                                       Recipe) else RECIPES[model], Path(folder).with_name(Path(folder).name + '.work')
     check_place(folder)
-    if unknown := [s for s in steps or {} if s not in recipe.steps]: raise ValueError(f'{model if recipe is not model else "this recipe"} is trained without a stage {", ".join(unknown)}; its stages are {", ".join(recipe.steps)}')
+    if unknown := [s for s in steps or {} if s not in recipe.steps]:
+        raise ValueError(
+            f'{model if recipe is not model else "this recipe"} is trained without a stage {", ".join(unknown)}; its '
+            f'stages are {", ".join(recipe.steps)}'
+        )
     for name, n in (steps or {}).items(): check_number(f'the steps of {name}', n, 0, Integral)
-    check_number('seed', seed, 0, Integral, 10**12)             # each step's own is a million times as large, and must fit 64 bits
+    # each step's own is a million times as large, and must fit 64 bits
+    check_number('seed', seed, 0, Integral, 10**12)
     steps, n_each, losses = recipe.steps | (steps or {}), n_each or recipe.world.n_each, {}
-    stage = lambda name: dict(n_steps=steps[name], folder=work) | {k: d[name] for k, d in (('batch', recipe.batch), ('lr', recipe.rate)) if name in d}
-    shared = [] if not recipe.around_vae else [AutoencoderKL.from_pretrained(str(files('spectrum_nb')/'weights'/'tiny-flux'), subfolder='vae')]
+    stage = lambda name: dict(n_steps=steps[name], folder=work
+                              ) | {k: d[name] for k, d in (('batch', recipe.batch), ('lr', recipe.rate)) if name in d}
+    shared = [] if not recipe.around_vae else [
+        AutoencoderKL.from_pretrained(str(files('spectrum_nb')/'weights'/'tiny-flux'), subfolder='vae')
+    ]
     phrases = dict(phrases=recipe.world.phrases) if recipe.world.phrases else {}
     pipe = recipe.new(' '.join(s.caption for s in recipe.world.everything()).split(), *shared, **phrases, seed=seed)
     samples, captions = training_set(recipe.world.split()[0], n_each, seed, recipe.world.draw)
     if 'stills' in steps: losses['stills'] = teach_stills(pipe.vae, *shared, samples, seed=seed, **stage('stills'))
     if 'vae' in steps: losses['vae'] = train_vae(pipe.vae, samples, seed=seed, **stage('vae'))
     latents, mix = encode_all(pipe.vae, samples), recipe.mix(pipe)
-    params = [p for name, m in pipe.components.items() if isinstance(m, torch.nn.Module) and name != 'vae' for p in m.parameters()]
-    losses['denoiser'] = train_denoiser(pipe, recipe.predict, recipe.embeds, params, latents, captions, mix=mix, seed=seed + 1, **stage('denoiser'))
+    params = [
+        p for name, m in pipe.components.items() if isinstance(m, torch.nn.Module) and name != 'vae'
+        for p in m.parameters()
+    ]
+    losses['denoiser'] = train_denoiser(pipe, recipe.predict, recipe.embeds, params, latents, captions, mix=mix,
+                                        seed=seed + 1, **stage('denoiser'))
     if 'noisier' in steps:
         mix = partial(mix_flow, mean=math.log(7))
-        losses['noisier'] = train_denoiser(pipe, recipe.predict, recipe.embeds, params, latents, captions, mix=mix, seed=seed + 3, name='noisier', **stage('noisier'))
-    if 'guidance' in steps: losses['guidance'] = distil_guidance(pipe, recipe.predict, recipe.embeds, latents, captions, mix=mix, seed=seed + 2, **stage('guidance'))
-    save_pipeline(pipe, folder, dict(model=None if recipe is model else model, steps=steps, n_each=n_each, seed=seed, losses=losses, torch=torch.__version__))
+        losses['noisier'] = train_denoiser(pipe, recipe.predict, recipe.embeds, params, latents, captions, mix=mix,
+                                           seed=seed + 3, name='noisier', **stage('noisier'))
+    if 'guidance' in steps:
+        losses['guidance'] = distil_guidance(pipe, recipe.predict, recipe.embeds, latents, captions, mix=mix,
+                                             seed=seed + 2, **stage('guidance'))
+    save_pipeline(
+        pipe, folder,
+        dict(model=None if recipe is model else model, steps=steps, n_each=n_each, seed=seed, losses=losses,
+             torch=torch.__version__))
     for name in steps: (work/f'{name}.safetensors').unlink(missing_ok=True)
     if not any(work.iterdir()): work.rmdir()
     return pipe, losses

@@ -49,6 +49,7 @@ PROMPTS = (
     'a hand-painted sign that reads OPEN swinging above a bakery door',
     'a flock of birds rising from a field of sunflowers, wide shot')
 
+# %% ../nbs/38b_tune.ipynb #1552906b
 def split_prompts(
     prompts,      # list, at least two
     most:int=4,   # prompts of the calibration, at most
@@ -78,6 +79,7 @@ class Candidate:
         "A short file name"
         return f'{self.speedup:g}x-{self.name.split(",")[0].replace(" ", "-").replace(chr(39), "")}'
 
+# %% ../nbs/38b_tune.ipynb #88800d11
 def with_spectrum(settings, imports='', steps='…', also=''):
     "Lines of Python that draw under `apply_spectrum(pipe, settings)`"
     return (f'from spectrum_nb import {", ".join(filter(None, ["apply_spectrum", imports]))}\n{also}\n'
@@ -104,34 +106,42 @@ def candidates(
             found.append(Candidate(s, Method(name, steps, config, scheduler), code, words))
         default = config_for_model(model, **budget)
         usual = default == SpectrumConfig(**budget)            # else a preset has a schedule of its own
-        add('default', n_steps, default,
-            with_spectrum(f'{key}={value:g}', steps=n_steps) if usual else
-            with_spectrum(f'config_for_model({str(model)!r}, {key}={value:g})', '', n_steps, 'from spectrum_nb.presets import config_for_model\n'),
-            option)
+        add(
+            'default', n_steps, default,
+            with_spectrum(f'{key}={value:g}', steps=n_steps) if usual else with_spectrum(
+                f'config_for_model({str(model)!r}, {key}={value:g})', '', n_steps,
+                'from spectrum_nb.presets import config_for_model\n'), option)
         if calibration is not None:
             with warnings.catch_warnings():                    # that plain steps are nearer is measured here
                 warnings.simplefilter('ignore')
                 plan = calibration.plan(k)
             add('calibrated', n_steps, plan,
-                with_spectrum(f"Calibration.load('plan.json').plan({k})", 'Calibration', n_steps), f'--plan plan.json --passes {k}')
+                with_spectrum(f"Calibration.load('plan.json').plan({k})", 'Calibration', n_steps),
+                f'--plan plan.json --passes {k}')
         if 'n_passes' in budget and (paper := growing_for(k, n_steps)):
             warmup = paper.schedule.warmup
-            add("paper's", n_steps, paper,
+            add(
+                "paper's", n_steps, paper,
                 with_spectrum(f'config_for_passes({k}, {n_steps}, Growing(warmup={warmup}), forecaster=Blend(.5))',
-                              'Blend, Growing, config_for_passes', n_steps), f'--schedule paper --passes {k} --warmup {warmup}')
-        add('reuse, equal gaps', n_steps, SpectrumConfig(Even(), Newton(0), **budget),
-            with_spectrum(f'SpectrumConfig(Even(), Newton(0), {key}={value:g})', 'Even, Newton, SpectrumConfig', n_steps),
-            f'--schedule even --forecaster reuse {option}')
+                              'Blend, Growing, config_for_passes', n_steps),
+                f'--schedule paper --passes {k} --warmup {warmup}')
+        add(
+            'reuse, equal gaps', n_steps, SpectrumConfig(Even(), Newton(0), **budget),
+            with_spectrum(f'SpectrumConfig(Even(), Newton(0), {key}={value:g})', 'Even, Newton, SpectrumConfig',
+                          n_steps), f'--schedule even --forecaster reuse {option}')
         add('plain steps', k, None, f'out = pipe(prompt, num_inference_steps={k})')
         if second is not own:
-            add('second-order steps', k, None, 'from spectrum_nb.rivals import second_order\n\n'
-                f'pipe.scheduler = second_order(pipe.scheduler)\nout = pipe(prompt, num_inference_steps={k})', scheduler=second)
+            add(
+                'second-order steps', k, None, 'from spectrum_nb.rivals import second_order\n\n'
+                f'pipe.scheduler = second_order(pipe.scheduler)\nout = pipe(prompt, num_inference_steps={k})',
+                scheduler=second)
     return found
 
 # %% ../nbs/38b_tune.ipynb #eb4558f8
 class TimeUp(Exception):
     "The budget is spent"
 
+# %% ../nbs/38b_tune.ipynb #e0499070
 @contextmanager
 def watched(
     pipe,      # pipeline
@@ -148,8 +158,10 @@ def watched(
         for hook in hooks: hook.remove()
 
 # %% ../nbs/38b_tune.ipynb #29065cfa
-EFFORTS = CANDIDATES, ('reuse', 'damped', 'steady', 'line'), ('steady', 'line'), ('steady',)     # forecasters of the trials
+# forecasters of the trials
+EFFORTS = CANDIDATES, ('reuse', 'damped', 'steady', 'line'), ('steady', 'line'), ('steady',)
 
+# %% ../nbs/38b_tune.ipynb #e19c1976
 def calibration_cost(
     n_prompts:int,    # recorded
     n_steps:int,      # steps
@@ -163,6 +175,7 @@ def calibration_cost(
     runs = tried*n_prompts if n_prompts <= heats or tried <= 6 else tried*heats + max(tried//3, 6)*n_prompts
     return n_prompts + probes[0]*min(probes[1], n_prompts) + sum(k/n_steps for k in budgets)*(runs + 2*n_prompts)
 
+# %% ../nbs/38b_tune.ipynb #d80efb04
 def choose_effort(
     seconds,          # that may be spent; infinite for no budget
     full_seconds,     # of a full run
@@ -209,14 +222,18 @@ def draw_timed(
 ):             # (seconds of the loop, passes, samples)
     "Draw by a method; the pipeline comes back with its own scheduler"
     own, pipe.scheduler = pipe.scheduler, method.scheduler
-    try: seconds, passes, samples = step_seconds(pipe, prompts, seeds, for_batch(call, len(prompts)), method.steps, method.config, **applied)
+    try:
+        seconds, passes, samples = step_seconds(pipe, prompts, seeds, for_batch(call, len(prompts)), method.steps,
+                                                method.config, **applied)
     finally: pipe.scheduler = own
     return float(seconds.sum()), passes, samples
 
+# %% ../nbs/38b_tune.ipynb #25afb2c9
 def unit_file(folder, job, slug):
     "Where a unit lies, without suffix"
     return Path(folder)/f'{job.name}.{slug}'
 
+# %% ../nbs/38b_tune.ipynb #b463a81b
 def keep_unit(
     folder,      # of the samples
     job,         # Job: prompt and seed
@@ -232,6 +249,7 @@ def keep_unit(
         if not i and saved.suffix == '.mp4': save_sample(np.asarray(still(sample)), f'{file}.middle', fps)
     save_json(notes | dict(prompt=job.prompt, seed=job.seed, way=slug), f'{file}.json')
 
+# %% ../nbs/38b_tune.ipynb #d7e1927c
 def unit_picture(folder, job, slug):
     "The picture of a unit, of a clip its middle frame"
     file = unit_file(folder, job, slug)
@@ -262,12 +280,18 @@ def draw_held_out(
         if progress:
             progress.stage(f'held-out prompt {at + 1} of {len(jobs)}')
             progress.expect(sum(cost(later) for _, later in missing[at:]))
-        full, passes, reference = draw_timed(pipe, Method('full run', n_steps, None, pipe.scheduler), prompts, seeds, call)
+        full, passes, reference = draw_timed(pipe, Method('full run', n_steps, None, pipe.scheduler), prompts, seeds,
+                                             call)
         keep_unit(folder, job, 'full', reference, dict(seconds=full, passes=passes), fps)
         for way in todo:
-            seconds, passes, samples = draw_timed(pipe, way.method, prompts, seeds, call, **(applied if way.method.config else {}))
-            scores = [fidelity(a, b) | (dict(lpips=perceptual(a, b)) if perceptual else {}) for a, b in zip(samples, reference)]
-            keep_unit(folder, job, way.slug, samples, dict(seconds=seconds, full_seconds=full, passes=passes, scores=scores), fps)
+            seconds, passes, samples = draw_timed(pipe, way.method, prompts, seeds, call,
+                                                  **(applied if way.method.config else {}))
+            scores = [
+                fidelity(a, b) | (dict(lpips=perceptual(a, b)) if perceptual else {})
+                for a, b in zip(samples, reference)
+            ]
+            keep_unit(folder, job, way.slug, samples,
+                      dict(seconds=seconds, full_seconds=full, passes=passes, scores=scores), fps)
 
 # %% ../nbs/38b_tune.ipynb #21c39603
 def row_of(
@@ -279,12 +303,15 @@ def row_of(
     scores = [s for u in units for s in u['scores']]
     psnr = np.sort([100. if s['psnr'] is None else min(s['psnr'], 100.) for s in scores])       # null: equal pictures
     speedup, passes = float(np.median([u['full_seconds']/u['seconds'] for u in units])), units[0]['passes']
-    row = dict(asked=way.speedup, name=way.name, passes=passes, seconds=finite_mean([u['seconds'] for u in units]), speedup=speedup,
-               efficiency=speedup*passes/n_steps, psnr=psnr.mean(), psnr_error=psnr.std(ddof=1)/len(psnr)**.5 if len(psnr) > 1 else None,
-               worst_tenth=psnr[:max(len(psnr)//10, 1)].mean(), ssim=finite_mean([s['ssim'] for s in scores]), samples=len(psnr))
+    row = dict(asked=way.speedup, name=way.name, passes=passes, seconds=finite_mean([u['seconds'] for u in units]),
+               speedup=speedup, efficiency=speedup*passes/n_steps, psnr=psnr.mean(),
+               psnr_error=psnr.std(ddof=1)/len(psnr)**.5 if len(psnr) > 1 else None,
+               worst_tenth=psnr[:max(len(psnr)//10, 1)].mean(), ssim=finite_mean([s['ssim'] for s in scores]),
+               samples=len(psnr))
     if all('lpips' in s for s in scores): row['lpips'] = finite_mean([s['lpips'] for s in scores])
     return {k: float(v) if isinstance(v, np.floating) else v for k, v in row.items()}
 
+# %% ../nbs/38b_tune.ipynb #45e31e0e
 def table_of(
     folder,    # of the samples
     jobs,      # list of Job
@@ -295,11 +322,13 @@ def table_of(
     path = lambda job, way: Path(f'{unit_file(folder, job, way.slug)}.json')
     done = [job for job in jobs if all(path(job, way).is_file() for way in ways)]
     kinds = dict(seconds=int | float, full_seconds=int | float, passes=int, scores=list)
-    return [row_of(way, [read_json(path(job, way), **kinds) for job in done], n_steps) for way in ways] if done else [], done
+    return [row_of(way, [read_json(path(job, way), **kinds) for job in done], n_steps)
+            for way in ways] if done else [], done
 
 # %% ../nbs/38b_tune.ipynb #e1850c5b
 PLAIN = 'plain steps', 'second-order steps'
 
+# %% ../nbs/38b_tune.ipynb #e8f7b57f
 def verdict_of(
     rows,        # of one speed-up
     each,        # {name: PSNR of each sample}, in the same order
@@ -307,7 +336,9 @@ def verdict_of(
     "Which way wins, by how much, in a sentence"
     best = max(rows, key=lambda r: r['psnr'])
     others = [r for r in rows if (r['name'] in PLAIN) != (best['name'] in PLAIN)]
-    if not others: return dict(winner=best['name'], rival=None, ahead=None, error=None, sentence=f'{best["name"]} is the only kind that was run.')
+    if not others:
+        return dict(winner=best['name'], rival=None, ahead=None, error=None,
+                    sentence=f'{best["name"]} is the only kind that was run.')
     rival = max(others, key=lambda r: r['psnr'])
     ahead = np.subtract(each[best['name']], each[rival['name']])
     error = float(ahead.std(ddof=1)/len(ahead)**.5) if len(ahead) > 1 else None
@@ -317,8 +348,10 @@ def verdict_of(
         said = f'Plain steps win: {k} {best["name"]} are {by} nearer to the full run than the best plan of as many passes ({rival["name"]}). Take the plain steps, or more passes.'
     else:
         said = f'Take "{best["name"]}": with {best["passes"]} passes it is {by} nearer to the full run than {k} {rival["name"]}.'
-        if (longer := best['seconds']/rival['seconds']) > 1.1: said += f' It takes {longer:.1f} times as long as those steps here: the forecasts are not free.'
-    if error is None or mean < 2*error: said += f' {len(ahead)} sample{"s"*(len(ahead) > 1)} cannot tell the two apart: decide with more prompts.'
+        if (longer := best['seconds']/rival['seconds']) > 1.1:
+            said += f' It takes {longer:.1f} times as long as those steps here: the forecasts are not free.'
+    if error is None or mean < 2*error:
+        said += f' {len(ahead)} sample{"s"*(len(ahead) > 1)} cannot tell the two apart: decide with more prompts.'
     return dict(winner=best['name'], rival=rival['name'], ahead=mean, error=error, sentence=said)
 
 # %% ../nbs/38b_tune.ipynb #31c8684d
@@ -357,6 +390,7 @@ Left out: {{ left_out|join('; ') }}.
 {% for k, v in provenance.items() %}{{ k }} {{ v }}{{ '' if loop.last else ', ' }}{% endfor %}.
 '''
 
+# %% ../nbs/38b_tune.ipynb #00177f0e
 HTML = '''<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Report card: {{ model }}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -380,6 +414,7 @@ img{max-width:100%}small{opacity:.75}</style></head><body>
 </body></html>
 '''
 
+# %% ../nbs/38b_tune.ipynb #6158b480
 def write_card(
     card,     # dict: see `make_card`
     strip,    # figure
@@ -390,9 +425,11 @@ def write_card(
     picture = save_figure(strip, folder/'strip.png')
     plt.close(strip)
     save_json(card, folder/'card.json')
-    card = card | dict(lpips=all('lpips' in r for r in card['rows']), picture=base64.b64encode(picture.read_bytes()).decode())
+    card = card | dict(lpips=all('lpips' in r
+                                 for r in card['rows']), picture=base64.b64encode(picture.read_bytes()).decode())
     for name, template, escape in (('card.md', MARKDOWN, False), ('card.html', HTML, True)):
-        text = Environment(autoescape=escape, keep_trailing_newline=True, trim_blocks=True).from_string(template).render(card)
+        text = Environment(autoescape=escape, keep_trailing_newline=True,
+                           trim_blocks=True).from_string(template).render(card)
         with whole_file(folder/name) as part: part.write_text(text, encoding='utf-8')
     return folder/'card.html'
 
@@ -423,12 +460,14 @@ def calibrated_within(
         with watched(pipe, deadline, progress.tick), redirect_stderr(io.StringIO()):         # the bars of the parts
             made = record(pipe, texts, n_steps, keep=parts, **call)
             made = try_plans(pipe, made, budgets, effort or EFFORTS[-1], keep=parts, **call)
-    except TimeUp: return None, 'calibrated: the budget was spent before it was done; the same command with a larger one goes on'
+    except TimeUp:
+        return None, 'calibrated: the budget was spent before it was done; the same command with a larger one goes on'
     except ValueError as e: return None, f'calibrated: {first_line(e)}'
     made.save(folder/'plan.json')
     forget_kept(parts)
     return made, None
 
+# %% ../nbs/38b_tune.ipynb #7754f542
 def settings_of(
     pipe,           # pipeline
     n_steps,        # steps
@@ -437,9 +476,10 @@ def settings_of(
 ):                  # dict that JSON can hold
     "What must be equal for units to belong to one card"
     name = lambda part: f'{type(part).__name__} {digest(dict(part.config))}'
-    return others | dict(steps=n_steps, call=digest(call), device=provenance(pipe.device)['device'], dtype=str(pipe.dtype), scheduler=name(pipe.scheduler),
-                         denoisers={k: name(d) for k, d in find_denoisers(pipe).items()})
+    return others | dict(steps=n_steps, call=digest(call), device=provenance(pipe.device)['device'], dtype=str(
+        pipe.dtype), scheduler=name(pipe.scheduler), denoisers={k: name(d) for k, d in find_denoisers(pipe).items()})
 
+# %% ../nbs/38b_tune.ipynb #ffc39996
 @dataclass
 class Tuning:
     "What the stages of a report card share"
@@ -466,7 +506,8 @@ class Tuning:
     def full_seconds(self, prompt):
         "Seconds of a full run, told from four steps after two that do not count"
         few = min(self.n_steps, 4)
-        run = lambda steps: draw_timed(self.pipe, Method('', steps, None, self.pipe.scheduler), [prompt]*self.num, range(self.num), self.call)[0]
+        run = lambda steps: draw_timed(self.pipe, Method('', steps, None, self.pipe.scheduler), [prompt]*self.num,
+                                       range(self.num), self.call)[0]
         run(2)
         return run(few)/few*self.n_steps
 
@@ -477,24 +518,32 @@ class Tuning:
             with watched(self.pipe, self.deadline, self.progress.tick): full = self.full_seconds(texts[0])
             later = len(self.jobs)*full*(1 + sum(6/s for s in self.speedups))
             half = time.perf_counter() + (self.deadline - time.perf_counter())/2
-            calibration, why = calibrated_within(self.pipe, [[t]*self.num if self.num > 1 else t for t in texts], self.n_steps, self.budgets,
-                                                 for_batch(self.call, self.num) if self.num > 1 else self.call, self.folder, half, full, self.progress, later)
+            calibration, why = calibrated_within(self.pipe, [[t]*self.num if self.num > 1 else t for t in texts],
+                                                 self.n_steps, self.budgets,
+                                                 for_batch(self.call, self.num) if self.num > 1 else self.call,
+                                                 self.folder, half, full, self.progress, later)
             if why: self.left_out.append(why)
             self.ways += candidates(self.pipe, self.model, self.n_steps, self.speedups, calibration)
             with watched(self.pipe, self.deadline, self.progress.tick):
-                draw_held_out(self.pipe, self.jobs, self.ways, self.n_steps, self.call, self.samples, self.num, fps, perceptual, self.progress, full, **self.applied)
+                draw_held_out(self.pipe, self.jobs, self.ways, self.n_steps, self.call, self.samples, self.num, fps,
+                              perceptual, self.progress, full, **self.applied)
         except TimeUp: self.left_out.append('what the budget had no time for')
 
     def verdicts(self, rows, done, words):
         "One for each speed-up; the rows that win are marked"
         found = []
         psnr = lambda s: 100. if s['psnr'] is None else min(s['psnr'], 100.)
-        each = lambda way: [psnr(s) for job in done for s in read_json(f'{unit_file(self.samples, job, way.slug)}.json', scores=list)['scores']]
+        each = lambda way: [
+            psnr(s) for job in done
+            for s in read_json(f'{unit_file(self.samples, job, way.slug)}.json', scores=list)['scores']
+        ]
         for asked in self.speedups:
             mine = [w for w in self.ways if w.speedup == asked]
             said = verdict_of([r for r in rows if r['asked'] == asked], {w.name: each(w) for w in mine})
             best = next(w for w in mine if w.name == said['winner'])
-            found.append(dict(asked=asked, **said, code=best.code, words=best.words and f'spectrum-nb sample --prompt "…" {words} {best.words}'))
+            found.append(
+                dict(asked=asked, **said, code=best.code, words=best.words
+                     and f'spectrum-nb sample --prompt "…" {words} {best.words}'))
             for r in rows: r['best'] = r.get('best', False) or r['asked'] == asked and r['name'] == said['winner']
         return found
 
@@ -503,8 +552,12 @@ class Tuning:
         passes = {r['name']: r['passes'] for r in rows if r['asked'] == self.speedups[0]}
         picture = lambda slug: [unit_picture(self.samples, job, slug) for job in done[:6]]
         shown = [dict(name='full run', passes=self.n_steps, samples=picture('full'))]
-        shown += [dict(name=w.name, passes=passes[w.name], samples=picture(w.slug)) for w in self.ways if w.speedup == self.speedups[0]]
-        return comparison_figure(shown, [j.prompt for j in done], 6, f'{self.model}: {self.speedups[0]:g} times fewer passes')
+        shown += [
+            dict(name=w.name, passes=passes[w.name], samples=picture(w.slug)) for w in self.ways
+            if w.speedup == self.speedups[0]
+        ]
+        return comparison_figure(shown, [j.prompt for j in done], 6,
+                                 f'{self.model}: {self.speedups[0]:g} times fewer passes')
 
 # %% ../nbs/38b_tune.ipynb #fc7b6aae
 def make_card(
@@ -528,12 +581,14 @@ def make_card(
     begun = time.perf_counter() if begun is None else begun
     texts, held = split_prompts(prompts)
     call, words = call or {}, words or f'--model {model}'
-    settings = settings_of(pipe, n_steps, call, model=str(model), prompts=list(prompts), seed=seed, num=num, applied=applied)
+    settings = settings_of(pipe, n_steps, call, model=str(model), prompts=list(prompts), seed=seed, num=num,
+                           applied=applied)
     claim(out, settings)
     deadline = begun + 60*minutes if minutes else np.inf
     bars, progress = getattr(pipe, '_progress_bar_config', {}), Progress(show)
     pipe.set_progress_bar_config(**bars | dict(disable=True))
-    t = Tuning(pipe, Path(out), model, n_steps, tuple(speedups), call, num, applied, progress, deadline, [Job(p, seed + num*i) for i, p in enumerate(held)])
+    t = Tuning(pipe, Path(out), model, n_steps, tuple(speedups), call, num, applied, progress, deadline,
+               [Job(p, seed + num*i) for i, p in enumerate(held)])
     try:
         try: perceptual = lpips_metric(pipe.device)
         except (OSError, RuntimeError) as e: perceptual = t.left_out.append(f'LPIPS: {first_line(e)}')
@@ -543,12 +598,18 @@ def make_card(
         progress.close()
     rows, done = table_of(t.samples, t.jobs, t.ways, n_steps)
     if not rows: return None
-    if len(done) < len(t.jobs): t.left_out.append(f'{len(t.jobs) - len(done)} of {len(t.jobs)} held-out prompts; the same command goes on with them')
+    if len(done) < len(t.jobs):
+        t.left_out.append(
+            f'{len(t.jobs) - len(done)} of {len(t.jobs)} held-out prompts; the same command goes on with them')
     verdicts = t.verdicts(rows, done, words)
-    memory = {'peak GPU memory': f'{torch.cuda.max_memory_allocated()/2**30:.1f} GiB'} if torch.cuda.is_available() else {}
+    memory = {'peak GPU memory': f'{torch.cuda.max_memory_allocated()/2**30:.1f} GiB'
+              } if torch.cuda.is_available() else {}
     said = ', '.join(f'{k} {v}' for k, v in settings['call'].items())
-    card = dict(kind='spectrum_nb report card', model=str(model), rows=rows, verdicts=verdicts, left_out=t.left_out,
-                what=f'{type(pipe).__name__}, {type(pipe.scheduler).__name__}, {n_steps} steps, {said}; {len(done)} held-out prompts.',
-                settings=settings, prompts=[j.prompt for j in done], calibrated_on=texts,
-                provenance=provenance(pipe.device) | memory | dict(minutes=round((time.perf_counter() - begun)/60, 2), command=f'spectrum-nb tune {words}'))
+    card = dict(
+        kind='spectrum_nb report card', model=str(model), rows=rows, verdicts=verdicts, left_out=t.left_out, what=
+        f'{type(pipe).__name__}, {type(pipe.scheduler).__name__}, {n_steps} steps, {said}; {len(done)} held-out '
+        f'prompts.',
+        settings=settings, prompts=[j.prompt for j in done], calibrated_on=texts,
+        provenance=provenance(pipe.device) | memory | dict(minutes=round(
+            (time.perf_counter() - begun)/60, 2), command=f'spectrum-nb tune {words}'))
     return write_card(card, t.strip(rows, done), out)

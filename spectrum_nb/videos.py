@@ -31,7 +31,8 @@ def film(
     factor:int=16,# how many times differences are amplified
 ):                # [frames, height, width, 3] in [0, 1], of even sides
     "Clips side by side, and beside them their differences to the first row's, as one clip"
-    missed = [[np.zeros_like(x) for x in results[0]['samples']], *(r['samples'] for r in differences(results, factor)[1:])]
+    missed = [[np.zeros_like(x) for x in results[0]['samples']],
+              *(r['samples'] for r in differences(results, factor)[1:])]
     both, frames = [r | dict(samples=[*r['samples'], *m]) for r, m in zip(results, missed)], []
     for k in range(len(results[0]['samples'][0])):
         fig = strip_figure(both, [*heads, *[f'difference × {factor}']*len(heads)], frame=k)
@@ -41,12 +42,15 @@ def film(
         plt.close(fig)
     return np.stack(frames)[:, :len(frames[0])//2*2, :len(frames[0][0])//2*2]
 
+# %% ../nbs/36_videos.ipynb #858c6a24
 def save_film(
     frames, # [frames, height, width, 3] in [0, 1], of even sides
     path,   # .mp4
     fps:int,# frames a second
 ):          # the path
     "A small MP4 that browsers play (H.264), whole or not at all"
-    with whole_file(path) as part, imageio.get_writer(part, fps=fps, codec='libx264', pixelformat='yuv420p', macro_block_size=2, quality=None, ffmpeg_params=['-crf', '25', '-preset', 'veryslow', '-movflags', '+faststart']) as out:
+    with whole_file(path) as part, imageio.get_writer(
+            part, fps=fps, codec='libx264', pixelformat='yuv420p', macro_block_size=2, quality=None,
+            ffmpeg_params=['-crf', '25', '-preset', 'veryslow', '-movflags', '+faststart']) as out:
         for frame in frames: out.append_data((255*frame).round().astype(np.uint8))
     return path

@@ -23,8 +23,10 @@ def code_frames_apart(
                 m.weight[:, :, :-1] = 0
                 if name.endswith('time_conv'):
                     eye = torch.eye(m.in_channels).repeat(m.out_channels//m.in_channels, 1)
-                    m.weight[:, :, -1, 0, 0] = eye; m.bias.zero_()
+                    m.weight[:, :, -1, 0, 0] = eye
+                    m.bias.zero_()
 
+# %% ../nbs/14_wan.ipynb #c6bc0673
 def new_tiny_wan(
     words,                # vocabulary of the captions
     vae,                  # AutoencoderKL, whose number of latent channels is taken over
@@ -39,15 +41,18 @@ def new_tiny_wan(
     "A `WanPipeline` of the published classes at toy size, with random weights"
     torch.manual_seed(seed)
     tokenizer, channels = word_tokenizer(words, max_length, phrases), vae.config.latent_channels
-    video_vae = AutoencoderKLWan(base_dim=32, z_dim=channels, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[True, True], scale_factor_spatial=4,
-                                 latents_mean=[0.]*channels, latents_std=[1.]*channels)
+    video_vae = AutoencoderKLWan(base_dim=32, z_dim=channels, dim_mult=[1, 2, 2], num_res_blocks=1,
+                                 temperal_downsample=[True, True], scale_factor_spatial=4, latents_mean=[0.]*channels,
+                                 latents_std=[1.]*channels)
     code_frames_apart(video_vae)
     head_dim = 32
-    denoiser = WanTransformer3DModel(num_attention_heads=width//head_dim, attention_head_dim=head_dim, in_channels=channels, out_channels=channels, text_dim=text_width,
-                                     freq_dim=width, ffn_dim=3*width, num_layers=n_blocks)
+    denoiser = WanTransformer3DModel(num_attention_heads=width//head_dim, attention_head_dim=head_dim,
+                                     in_channels=channels, out_channels=channels, text_dim=text_width, freq_dim=width,
+                                     ffn_dim=3*width, num_layers=n_blocks)
     start_as_identity(denoiser)
     scheduler = UniPCMultistepScheduler(prediction_type='flow_prediction', use_flow_sigmas=True, flow_shift=flow_shift)
-    return WanPipeline(tokenizer, small_t5(tokenizer, text_width, kind=UMT5EncoderModel), video_vae, scheduler, denoiser)
+    return WanPipeline(tokenizer, small_t5(tokenizer, text_width, kind=UMT5EncoderModel), video_vae, scheduler,
+                       denoiser)
 
 # %% ../nbs/14_wan.ipynb #e0107e7c
 def wan_velocity(
@@ -60,6 +65,8 @@ def wan_velocity(
     "One call of the denoiser as `WanPipeline` makes it"
     return pipe.transformer(latents, timestep=1000*sigma, encoder_hidden_states=embeds[0], return_dict=False)[0]
 
+# %% ../nbs/14_wan.ipynb #d386ca38
 def wan_embeds(pipe, captions):
     "(sequence,) embeddings of `captions`, with gradients, as the pipeline's own `encode_prompt` computes them"
-    return pipe.encode_prompt(captions, do_classifier_free_guidance=False, max_sequence_length=pipe.tokenizer.model_max_length)[:1]
+    return pipe.encode_prompt(captions, do_classifier_free_guidance=False,
+                              max_sequence_length=pipe.tokenizer.model_max_length)[:1]

@@ -17,12 +17,14 @@ class LeftOut:
         if hasattr(session.config, 'workeroutput'): session.config.workeroutput['left_out'] = self.count
 
     @pytest.hookimpl(optionalhook=True)
-    def pytest_testnodedown(self, node): self.count = max(self.count, getattr(node, 'workeroutput', {}).get('left_out', 0))
+    def pytest_testnodedown(self, node):
+        self.count = max(self.count, getattr(node, 'workeroutput', {}).get('left_out', 0))
 
     def pytest_terminal_summary(self, terminalreporter, config):
         if self.count and config.option.markexpr == 'not slow':
-            terminalreporter.write_line(f'{self.count} slow tests were left out (more notebooks, the site in a browser, '
-                                        'several processes): pytest -m slow runs them')
+            terminalreporter.write_line(
+                f'{self.count} slow tests were left out (more notebooks, the site in a browser, '
+                'several processes): pytest -m slow runs them')
 
 
 def pytest_configure(config): config.pluginmanager.register(LeftOut())

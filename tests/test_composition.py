@@ -28,7 +28,8 @@ from spectrum_nb.presets import call_defaults, held_captions, load_pipeline
 N = 14
 ONE, PAPER = SpectrumConfig(speedup=1), SpectrumConfig.paper()
 PLAN = make_plan(PAPER, N)
-NEAR = .2       # relative distance of latents from the run without Spectrum; see test_the_threshold_would_catch_a_broken_history
+# relative distance of latents from the run without Spectrum; see test_the_threshold_would_catch_a_broken_history
+NEAR = .2
 ALL = ('tiny-flux', 'tiny-sd3', 'tiny-sdxl', 'tiny-hunyuan', 'tiny-wan')
 TWO = ('tiny-flux', 'tiny-sdxl')
 
@@ -45,7 +46,8 @@ def relative(x, y): return ((x.float() - y.float()).norm()/y.float().norm()).ite
 def sampler(pipe, name, **more):
     "A function that samples latents of two captions, the same ones each time"
     call = call_defaults(pipe, name)
-    call = dict(prompt=held_captions(call, 2), num_inference_steps=N, output_type='latent', return_dict=False) | call | more
+    call = dict(prompt=held_captions(call, 2), num_inference_steps=N, output_type='latent',
+                return_dict=False) | call | more
     def sample(**changes):
         torch.manual_seed(0)        # SD3's ControlNet encodes its picture with noise of no generator
         return pipe(**(call | dict(generator=torch.Generator().manual_seed(3)) | changes))[0]
@@ -62,12 +64,16 @@ def load(name, **more):
 def traces(denoiser):
     "What a hook could leave behind: modules, their attributes, their hooks, who answers `forward`"
     hooks = lambda m: tuple(m._diffusers_hook._hook_order) if '_diffusers_hook' in vars(m) else ()
-    return {n: (id(m), sorted(vars(m)), hooks(m), len(m._forward_pre_hooks), len(m._forward_hooks), list(m._modules)) for n, m in denoiser.named_modules()}
+    return {
+        n: (id(m), sorted(vars(m)), hooks(m), len(m._forward_pre_hooks), len(m._forward_hooks), list(m._modules))
+        for n, m in denoiser.named_modules()
+    }
 
 
 def by_plan(stats, plan=PLAN):
     "Whether every context of the finished runs did what the plan says, and nothing else"
-    return bool(stats) and all(s.passes == plan.passes and not s.fallbacks and all(np.isfinite(e) for e in s.errors.values()) for s in stats)
+    return bool(stats) and all(
+        s.passes == plan.passes and not s.fallbacks and all(np.isfinite(e) for e in s.errors.values()) for s in stats)
 
 
 def check(sample, target, denoiser, exact=True, near=NEAR, counted=True, same=None):
@@ -125,7 +131,9 @@ def check_order(sample, target, denoiser, change, plain=None, exact=True, near=N
 def test_the_threshold_would_catch_a_broken_history(name):
     pipe, denoiser, sample = load(name)
     plain, fast, _ = check(sample, pipe, denoiser)
-    W = np.zeros((N, N)); W[:, 0] = 1; W[PLAN.passes] = np.eye(N)[PLAN.passes]       # every forecast gives what step 0 gave
+    W = np.zeros((N, N))
+    W[:, 0] = 1
+    W[PLAN.passes] = np.eye(N)[PLAN.passes]       # every forecast gives what step 0 gave
     with apply_spectrum(pipe, Plan(PLAN.passes, W)): stale = sample()
     print(f'\n{name}: Spectrum {relative(fast, plain):.3f}, stale {relative(stale, plain):.3f}')
     assert relative(fast, plain) < NEAR < relative(stale, plain)
@@ -152,22 +160,29 @@ def controlled(name, kind='controlnet'):
     parts = {k: v for k, v in pipe.components.items()}
     if kind == 'adapter':
         adapter = T2IAdapter(3, [64, 112], 1, 8, 'full_adapter_xl')
-        new, more, off = StableDiffusionXLAdapterPipeline(**parts, adapter=adapter), dict(image=[picture()]*2, adapter_conditioning_scale=.5), dict(adapter_conditioning_scale=0.)
+        new, more, off = StableDiffusionXLAdapterPipeline(**parts, adapter=adapter), dict(
+            image=[picture()]*2, adapter_conditioning_scale=.5), dict(adapter_conditioning_scale=0.)
     elif name == 'tiny-flux':
-        net = randomised(FluxControlNetModel.from_transformer(denoiser, 1, 2, 32, 4, load_weights_from_transformer=False))
-        new, more, off = FluxControlNetPipeline(**parts, controlnet=net), dict(control_image=picture(), controlnet_conditioning_scale=.5), dict(controlnet_conditioning_scale=0.)
+        net = randomised(
+            FluxControlNetModel.from_transformer(denoiser, 1, 2, 32, 4, load_weights_from_transformer=False))
+        new, more, off = FluxControlNetPipeline(**parts, controlnet=net), dict(
+            control_image=picture(), controlnet_conditioning_scale=.5), dict(controlnet_conditioning_scale=0.)
     elif name == 'tiny-sd3':
         net = randomised(SD3ControlNetModel.from_transformer(denoiser, 2, num_extra_conditioning_channels=0))
-        new, more, off = StableDiffusion3ControlNetPipeline(**parts, controlnet=net), dict(control_image=picture(), controlnet_conditioning_scale=.5), dict(controlnet_conditioning_scale=0.)
+        new, more, off = StableDiffusion3ControlNetPipeline(**parts, controlnet=net), dict(
+            control_image=picture(), controlnet_conditioning_scale=.5), dict(controlnet_conditioning_scale=0.)
     else:
         net = randomised(ControlNetModel.from_unet(denoiser, conditioning_embedding_out_channels=(16, 32, 32)))
-        new, more, off = StableDiffusionXLControlNetPipeline(**parts, controlnet=net), dict(image=picture(), controlnet_conditioning_scale=1.), dict(controlnet_conditioning_scale=0.)
+        new, more, off = StableDiffusionXLControlNetPipeline(**parts, controlnet=net), dict(
+            image=picture(), controlnet_conditioning_scale=1.), dict(controlnet_conditioning_scale=0.)
     new.set_progress_bar_config(disable=True)
     if name == 'tiny-flux': new.default_sample_size = pipe.default_sample_size
     return new, denoiser, sampler(new, name, **more), lambda: sampler(new, name, **more)(**off)
 
 
-@pytest.mark.parametrize('name, kind', [('tiny-flux', 'controlnet'), ('tiny-sd3', 'controlnet'), ('tiny-sdxl', 'controlnet'), ('tiny-sdxl', 'adapter')])
+@pytest.mark.parametrize('name, kind',
+                         [('tiny-flux', 'controlnet'), ('tiny-sd3', 'controlnet'), ('tiny-sdxl', 'controlnet'),
+                          ('tiny-sdxl', 'adapter')])
 def test_a_controlnet_and_a_t2i_adapter(name, kind):
     pipe, denoiser, sample, without = controlled(name, kind)
     plain, _, _ = check(sample, pipe, denoiser)
@@ -183,11 +198,15 @@ def test_residuals_of_a_controlnet_do_not_reach_a_forecast():
     hook = denoiser.conv_norm_out.register_forward_hook(lambda m, args, out: heads.append(args[0].clone()))
     inner = type(denoiser).forward
     @functools.wraps(inner)
-    def forward(self, *args, **kwargs): got.append({k for k in kwargs if 'residual' in k and kwargs[k] is not None}); return inner(self, *args, **kwargs)
+    def forward(self, *args, **kwargs):
+        got.append({k for k in kwargs if 'residual' in k and kwargs[k] is not None})
+        return inner(self, *args, **kwargs)
     try:
         type(denoiser).forward = forward
         with apply_spectrum(pipe, PAPER): sample()
-    finally: type(denoiser).forward = inner; hook.remove()
+    finally:
+        type(denoiser).forward = inner
+        hook.remove()
     assert [bool(g) for g in got] == [i in PLAN.passes for i in range(N)] and len(heads) == N
 
 
@@ -214,12 +233,22 @@ def ip_adapter(denoiser, width=24):
         for i, n in enumerate(procs):
             if n.endswith('attn2.processor'):
                 attn = denoiser.get_submodule(n.removesuffix('.processor'))
-                keys |= {f'{i}.to_k_ip.weight': r(attn.to_q.out_features, cross), f'{i}.to_v_ip.weight': r(attn.to_q.out_features, cross)}
+                keys |= {
+                    f'{i}.to_k_ip.weight': r(attn.to_q.out_features, cross),
+                    f'{i}.to_v_ip.weight': r(attn.to_q.out_features, cross)
+                }
     else:
         cross, keys = denoiser.config.joint_attention_dim, {}
         for i in range(len(denoiser.transformer_blocks)):
-            keys |= {f'{i}.to_{k}_ip.{p}': r(denoiser.inner_dim, *([cross] if p == 'weight' else [])) for k in 'kv' for p in ('weight', 'bias')}
-    return dict(image_proj={'proj.weight': r(4*cross, width), 'proj.bias': r(4*cross), 'norm.weight': torch.ones(cross), 'norm.bias': torch.zeros(cross)}, ip_adapter=keys)
+            keys |= {
+                f'{i}.to_{k}_ip.{p}': r(denoiser.inner_dim, *([cross] if p == 'weight' else [])) for k in 'kv'
+                for p in ('weight', 'bias')
+            }
+    return dict(
+        image_proj={
+            'proj.weight': r(4*cross, width), 'proj.bias': r(4*cross), 'norm.weight': torch.ones(cross),
+            'norm.bias': torch.zeros(cross)
+        }, ip_adapter=keys)
 
 
 @pytest.mark.parametrize('order', ['adapter first', 'spectrum first'])
@@ -228,12 +257,17 @@ def test_an_ip_adapter(name, order):
     pipe, denoiser, sample = load(name)
     torch.manual_seed(5)
     image = torch.randn(1 if name == 'tiny-flux' else 2, 1, 24)
-    more = dict(ip_adapter_image_embeds=[image]) | (dict(negative_ip_adapter_image_embeds=[torch.zeros_like(image)], true_cfg_scale=1.) if name == 'tiny-flux' else {})
-    more |= dict(prompt=held_captions(call_defaults(pipe, name), 1))       # diffusers does not repeat image embeddings for several prompts
+    more = dict(ip_adapter_image_embeds=[image]) | (dict(negative_ip_adapter_image_embeds=[torch.zeros_like(image)],
+                                                         true_cfg_scale=1.) if name == 'tiny-flux' else {})
+    # diffusers does not repeat image embeddings for several prompts
+    more |= dict(prompt=held_captions(call_defaults(pipe, name), 1))
     plainly = dict(prompt=more['prompt'])
     bare = sample(**plainly)
     run = apply_spectrum(pipe, PAPER) if order == 'spectrum first' else None
-    pipe.load_ip_adapter(ip_adapter(denoiser), subfolder='', weight_name='', **(dict(image_encoder_pretrained_model_name_or_path=None) if name == 'tiny-flux' else dict(image_encoder_folder=None)))
+    pipe.load_ip_adapter(
+        ip_adapter(denoiser), subfolder='', weight_name='',
+        **(dict(image_encoder_pretrained_model_name_or_path=None) if name == 'tiny-flux' else dict(
+            image_encoder_folder=None)))
     pipe.set_ip_adapter_scale(.7)
     if run:
         fast = sample(**more)
@@ -255,7 +289,10 @@ def lora(denoiser, prefix, seed, rank=4, size=.1):
     out = {}
     for n, m in denoiser.named_modules():
         if isinstance(m, torch.nn.Linear) and n.rsplit('.', 1)[-1] in ('to_q', 'to_v', 'proj_out'):
-            out |= {f'{prefix}.{n}.lora_A.weight': torch.randn(rank, m.in_features)*size, f'{prefix}.{n}.lora_B.weight': torch.randn(m.out_features, rank)*size}
+            out |= {
+                f'{prefix}.{n}.lora_A.weight': torch.randn(rank, m.in_features)*size,
+                f'{prefix}.{n}.lora_B.weight': torch.randn(m.out_features, rank)*size
+            }
     return out
 
 
@@ -265,12 +302,18 @@ def test_lora_between_runs_of_one_handle(name):
         pipe, denoiser, sample = load(name)
         prefix = 'unet' if name == 'tiny-sdxl' else 'transformer'
         one, two = (lora(denoiser, prefix, seed) for seed in (1, 2))
-        todo = [('bare', lambda: None), ('loaded', lambda: pipe.load_lora_weights(dict(one), adapter_name='one')), ('scaled', lambda: pipe.set_adapters(['one'], [.5])),
-            ('second', lambda: (pipe.load_lora_weights(dict(two), adapter_name='two'), pipe.set_adapters(['two'], [1.]))), ('both', lambda: pipe.set_adapters(['one', 'two'], [.3, .3])),
-            ('off', pipe.disable_lora), ('on', pipe.enable_lora), ('fused', lambda: pipe.fuse_lora()), ('unfused', lambda: pipe.unfuse_lora()), ('unloaded', pipe.unload_lora_weights)]
+        todo = [('bare', lambda: None), ('loaded', lambda: pipe.load_lora_weights(dict(one), adapter_name='one')),
+                ('scaled', lambda: pipe.set_adapters(['one'], [.5])),
+                ('second', lambda:
+                 (pipe.load_lora_weights(dict(two), adapter_name='two'), pipe.set_adapters(['two'], [1.]))),
+                ('both', lambda: pipe.set_adapters(['one', 'two'], [.3, .3])), ('off', pipe.disable_lora),
+                ('on', pipe.enable_lora), ('fused', lambda: pipe.fuse_lora()), ('unfused', lambda: pipe.unfuse_lora()),
+                ('unloaded', pipe.unload_lora_weights)]
         run, out = apply_spectrum(pipe, config) if config else None, {}
         with count_calls(blocks_of(denoiser)) as counts:
-            for what, change in todo: change(); out[what] = sample()
+            for what, change in todo:
+                change()
+                out[what] = sample()
         if run:
             plan = make_plan(config, N)
             assert by_plan(run.stats, plan) and counts == [len(plan.passes)*len(run.stats)]*len(counts)
@@ -280,7 +323,8 @@ def test_lora_between_runs_of_one_handle(name):
         return out
     plain, same, fast = series(), series(ONE), series(PAPER)
     assert all(torch.equal(same[w], plain[w]) for w in plain)
-    for a, b in [('bare', 'loaded'), ('loaded', 'scaled'), ('scaled', 'second'), ('second', 'both'), ('both', 'off')]: assert relative(plain[b], plain[a]) > .005, (a, b)
+    for a, b in [('bare', 'loaded'), ('loaded', 'scaled'), ('scaled', 'second'), ('second', 'both'), ('both', 'off')]:
+        assert relative(plain[b], plain[a]) > .005, (a, b)
     near = {w: relative(fast[w], plain[w]) for w in plain if w != 'removed'}
     assert all(0 < e < NEAR for e in near.values()), near
     assert torch.equal(fast['removed'], plain['removed'])
@@ -305,7 +349,8 @@ def test_hot_swap_keeps_what_is_compiled():
 @pytest.mark.parametrize('name', TWO)
 def test_lora_scale_of_a_call(name):
     pipe, denoiser, sample = load(name)
-    prefix, key = ('unet', 'cross_attention_kwargs') if name == 'tiny-sdxl' else ('transformer', 'joint_attention_kwargs')
+    prefix, key = ('unet', 'cross_attention_kwargs') if name == 'tiny-sdxl' else ('transformer',
+                                                                                  'joint_attention_kwargs')
     pipe.load_lora_weights(lora(denoiser, prefix, 1))
     whole = sample()
     plain, _, _ = check(lambda: sample(**{key: dict(scale=.3)}), pipe, denoiser)
@@ -321,12 +366,15 @@ def fetched():
     from diffusers.hooks.group_offloading import ModuleGroup
     total, set_tensor, onload = [0, 0], accelerated.set_module_tensor_to_device, ModuleGroup.onload_
     def fetch(module, name, device, value=None, **more):
-        if value is not None: total[0] += 1; total[1] += value.nbytes
+        if value is not None:
+            total[0] += 1
+            total[1] += value.nbytes
         return set_tensor(module, name, device, value=value, **more)
     def bring(self):
         out = onload(self)
         tensors = [t for m in self.modules for t in (*m.parameters(), *m.buffers())] + [*self.parameters, *self.buffers]
-        total[0] += 1; total[1] += sum(t.nbytes for t in tensors)
+        total[0] += 1
+        total[1] += sum(t.nbytes for t in tensors)
         return out
     accelerated.set_module_tensor_to_device, ModuleGroup.onload_ = fetch, bring
     try: yield total
@@ -335,7 +383,9 @@ def fetched():
 
 def offload_pipeline(pipe, what):
     "enable_model_cpu_offload or enable_sequential_cpu_offload onto the CPU itself; accelerate cannot offload transformers' text encoders so, they stay"
-    pipe._exclude_from_cpu_offload = [n for n, m in pipe.components.items() if isinstance(m, torch.nn.Module) and m is not the(pipe)]
+    pipe._exclude_from_cpu_offload = [
+        n for n, m in pipe.components.items() if isinstance(m, torch.nn.Module) and m is not the(pipe)
+    ]
     getattr(pipe, f'enable_{what}_cpu_offload')(device='cpu')
 
 
@@ -344,7 +394,10 @@ def share_fetched(name, what, sample, target, denoiser):
     tensors = lambda modules: {t for m in modules for t in (*m.parameters(), *m.buffers())}
     with fetched() as without: sample()
     with apply_spectrum(target, PAPER), fetched() as with_: sample()
-    print(f'\n{name} {what}: fetched without Spectrum {without[0]} × , {without[1]/2**20:.1f} MiB; with {with_[0]} × , {with_[1]/2**20:.1f} MiB ({with_[1]/max(without[1], 1):.0%}); passes {len(PLAN.passes)} of {N}')
+    print(
+        f'\n{name} {what}: fetched without Spectrum {without[0]} × , {without[1]/2**20:.1f} MiB; with {with_[0]} × , '
+        f'{with_[1]/2**20:.1f} MiB ({with_[1]/max(without[1], 1):.0%}); passes {len(PLAN.passes)} of {N}'
+    )
     return with_[1]/without[1]
 
 
@@ -385,9 +438,15 @@ def test_accelerates_offloading(name, what, order, tmp_path):
         if what == 'cpu_offload_with_hook': accelerate.cpu_offload_with_hook(denoiser, 'cpu')
         if what == 'disk_offload': accelerate.disk_offload(denoiser, tmp_path, 'cpu', offload_buffers=True)
         if what == 'dispatch':
-            body = [f'{n}.{i}' if isinstance(denoiser.get_submodule(n), torch.nn.ModuleList) else n for n in find_anatomy(denoiser).body for i in range(len(denoiser.get_submodule(n)) if isinstance(denoiser.get_submodule(n), torch.nn.ModuleList) else 1)]
+            body = [
+                f'{n}.{i}' if isinstance(denoiser.get_submodule(n), torch.nn.ModuleList) else n
+                for n in find_anatomy(denoiser).body for i in range(
+                    len(denoiser.get_submodule(n)) if isinstance(denoiser.get_submodule(n), torch.nn.ModuleList) else 1)
+            ]
             others = [n for n, _ in denoiser.named_children() if n not in find_anatomy(denoiser).body]
-            accelerate.dispatch_model(denoiser, {n: 'cpu' for n in others} | {b: ('disk' if i % 2 else 'cpu') for i, b in enumerate(body)}, main_device='cpu', offload_dir=tmp_path)
+            accelerate.dispatch_model(
+                denoiser, {n: 'cpu' for n in others} | {b: ('disk' if i % 2 else 'cpu') for i, b in enumerate(body)},
+                main_device='cpu', offload_dir=tmp_path)
     if order == 'offload first':
         change()
         assert torch.equal(check(sample, pipe, denoiser)[0], plain)
@@ -405,7 +464,10 @@ def test_accelerates_offloading(name, what, order, tmp_path):
 def test_group_offloading(name, place, level, order, tmp_path):
     pipe, denoiser, sample = load(name)
     plain = sample()
-    def change(): denoiser.enable_group_offload(torch.device('cpu'), torch.device('cpu'), level, num_blocks_per_group=1 if level == 'block_level' else None, offload_to_disk_path=str(tmp_path) if place == 'disk' else None)
+    def change():
+        denoiser.enable_group_offload(torch.device('cpu'), torch.device('cpu'), level,
+                                      num_blocks_per_group=1 if level == 'block_level' else None,
+                                      offload_to_disk_path=str(tmp_path) if place == 'disk' else None)
     if order == 'offload first':
         change()
         assert torch.equal(check(sample, pipe, denoiser)[0], plain)
@@ -428,7 +490,11 @@ def pretended_streams():
     def unpinned(self): yield self.cpu_param_dict
     kept = g.TorchDeviceBackend, g.ModuleGroup._pinned_memory_tensors
     g.TorchDeviceBackend, g.ModuleGroup._pinned_memory_tensors = Backend, unpinned
-    try: yield lambda module, level: g._apply_group_offloading(module, g.GroupOffloadingConfig(torch.device('cpu'), torch.device('cpu'), g.GroupOffloadingType(level), True, False, True, 1, None, Quiet()))
+    try:
+        yield lambda module, level: g._apply_group_offloading(
+            module,
+            g.GroupOffloadingConfig(torch.device('cpu'), torch.device('cpu'), g.GroupOffloadingType(level), True, False,
+                                    True, 1, None, Quiet()))
     finally: g.TorchDeviceBackend, g.ModuleGroup._pinned_memory_tensors = kept
 
 
@@ -442,17 +508,22 @@ def test_group_offloading_with_streams(name, level, order):
         if order == 'spectrum first': check_order(sample, pipe, denoiser, lambda: apply(denoiser, level), plain)
         else:
             apply(denoiser, level)
-            with apply_spectrum(pipe, PAPER) as run, count_calls(blocks_of(denoiser)) as counts: fast, again = sample(), sample()
+            with apply_spectrum(pipe, PAPER) as run, count_calls(blocks_of(denoiser)) as counts:
+                fast, again = sample(), sample()
             assert by_plan(run.stats) and counts == [2*len(PLAN.passes)]*len(counts)
             assert torch.equal(fast, again) and 0 < relative(fast, plain) < NEAR
             assert torch.equal(check(sample, pipe, denoiser)[0], plain)
 
 
-@pytest.mark.parametrize('what, order', [('model', 'offload first'), ('model', 'spectrum first'), ('group', 'offload first'), ('group', 'spectrum first')])
+@pytest.mark.parametrize('what, order',
+                         [('model', 'offload first'), ('model', 'spectrum first'), ('group', 'offload first'),
+                          ('group', 'spectrum first')])
 def test_lora_on_an_offloaded_denoiser(what, order, monkeypatch):
-    monkeypatch.setattr('diffusers.pipelines.pipeline_utils.get_device', lambda: 'cpu:0')      # diffusers enables offloading again without saying where
+    # diffusers enables offloading again without saying where
+    monkeypatch.setattr('diffusers.pipelines.pipeline_utils.get_device', lambda: 'cpu:0')
     pipe, denoiser, sample = load('tiny-flux')
-    offload = lambda: denoiser.enable_group_offload(torch.device('cpu'), torch.device('cpu'), 'block_level', num_blocks_per_group=1) if what == 'group' else offload_pipeline(pipe, what)
+    offload = lambda: denoiser.enable_group_offload(torch.device('cpu'), torch.device(
+        'cpu'), 'block_level', num_blocks_per_group=1) if what == 'group' else offload_pipeline(pipe, what)
     weights = lora(denoiser, 'transformer', 1)
     if order == 'offload first': offload()
     with apply_spectrum(pipe, PAPER) as run:
@@ -475,7 +546,9 @@ def test_lora_on_an_offloaded_denoiser(what, order, monkeypatch):
 def test_layerwise_casting(name, order):
     pipe, denoiser, sample = load(name)
     change = lambda: denoiser.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-    if order == 'casting first': change(); check(sample, pipe, denoiser)
+    if order == 'casting first':
+        change()
+        check(sample, pipe, denoiser)
     else: check_order(sample, pipe, denoiser, change)
 
 
@@ -486,7 +559,10 @@ def test_autocast(name):
         with torch.autocast('cpu', torch.bfloat16): return sample()
     plain, fast, stats = check(casting, pipe, denoiser)
     exactly = sample()
-    print(f'\n{name}: autocast {relative(plain, exactly):.3f} from float32, Spectrum {relative(fast, plain):.3f} from autocast; history {[s.nbytes for s in stats]} bytes')
+    print(
+        f'\n{name}: autocast {relative(plain, exactly):.3f} from float32, Spectrum {relative(fast, plain):.3f} from '
+        f'autocast; history {[s.nbytes for s in stats]} bytes'
+    )
 
 
 @pytest.mark.parametrize('name', ALL)
@@ -521,21 +597,27 @@ def test_fused_projections_and_attention_backends_between_runs(name):
         def quietly(what, *args):
             try: getattr(denoiser, what)(*args)
             except Exception as e: print(f'\n{name}: {what} refused: {type(e).__name__}: {str(e)[:120]}')
-        todo = [('bare', ()), ('fused', ('fuse_qkv_projections',)), ('unfused', ('unfuse_qkv_projections',)), ('backend', ('set_attention_backend', '_native_math')), ('reset', ('reset_attention_backend',))]
+        todo = [('bare', ()), ('fused', ('fuse_qkv_projections',)), ('unfused', ('unfuse_qkv_projections',)),
+                ('backend', ('set_attention_backend', '_native_math')), ('reset', ('reset_attention_backend',))]
         run, out = apply_spectrum(pipe, config) if config else None, {}
         for what, change in todo:
             if change: quietly(*change)
-            if what == 'reset': registry.set_active_backend(usual)         # diffusers' reset leaves the backend set for the whole process
+            if what == 'reset':
+                # diffusers' reset leaves the backend set for the whole process
+                registry.set_active_backend(usual)
             out[what] = sample()
         if run:
             assert by_plan(run.stats, make_plan(config, N)) and len(run.stats) % len(todo) == 0
             run.remove()
         return out
     plain, same, fast = series(), series(ONE), series(PAPER)
-    print(f'\n{name}: from the bare run, without Spectrum', {w: round(relative(plain[w], plain['bare']), 6) for w in plain})
+    print(f'\n{name}: from the bare run, without Spectrum',
+          {w: round(relative(plain[w], plain['bare']), 6) for w in plain})
     differ = {w: relative(same[w], plain[w]) for w in plain if not torch.equal(same[w], plain[w])}
     assert not differ, differ
-    if name == 'tiny-sd3': assert relative(plain.pop('fused'), plain['bare']) > .3       # without Spectrum: diffusers' fused SD3 is another model
+    if name == 'tiny-sd3':
+        # without Spectrum: diffusers' fused SD3 is another model
+        assert relative(plain.pop('fused'), plain['bare']) > .3
     assert all(0 < relative(fast[w], plain[w]) < NEAR for w in plain)
 
 @pytest.mark.parametrize('when', ['before', 'between runs'])
@@ -557,13 +639,16 @@ class Counting:
     def __init__(self): self.compiled, self.ran = 0, 0
     def __call__(self, graph, inputs):
         self.compiled += 1
-        def run(*args): self.ran += 1; return graph(*args)
+        def run(*args):
+            self.ran += 1
+            return graph(*args)
         return run
 
 
 @contextmanager
 def compiling():
-    torch._dynamo.reset(); torch._dynamo.utils.counters.clear()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     try: yield Counting()
     finally: torch._dynamo.reset()
 
@@ -590,7 +675,9 @@ def test_compiled_blocks(name, order):
         def compile():
             if denoiser._repeated_blocks: return denoiser.compile_repeated_blocks(backend=backend)
             for b in blocks_of(denoiser): b.compile(backend=backend)             # SD3 names none: diffusers refuses
-        if order == 'compile first': compile(); sample()
+        if order == 'compile first':
+            compile()
+            sample()
         with apply_spectrum(pipe, PAPER) as run:
             if order == 'spectrum first': compile()
             check_compiled(backend, sample, run, fast)
@@ -609,8 +696,12 @@ def test_a_compiled_denoiser(name, how, order):
     with compiling() as backend:
         def compile():
             if how == 'module.compile': denoiser.compile(backend=backend)
-            else: setattr(pipe, 'unet' if name == 'tiny-sdxl' else 'transformer', torch.compile(denoiser, backend=backend))
-        if order == 'compile first': compile(); sample()
+            else:
+                setattr(pipe, 'unet' if name == 'tiny-sdxl' else 'transformer',
+                        torch.compile(denoiser, backend=backend))
+        if order == 'compile first':
+            compile()
+            sample()
         with apply_spectrum(pipe, PAPER) as run:
             if order == 'spectrum first': compile()
             check_compiled(backend, sample, run, fast)
@@ -628,11 +719,21 @@ def test_a_compiled_denoiser_saves_the_blocks(name):
     with compiling():
         def backend(graph, inputs):
             n = sum(node.op.startswith('call') for node in graph.graph.nodes)
-            def run(*args): ops.append(n); return graph(*args)
+            def run(*args):
+                ops.append(n)
+                return graph(*args)
             return run
         denoiser.compile(backend=backend)
-        with apply_spectrum(pipe, ONE): sample(); ops.clear(); sample(); every = sum(ops)
-        with apply_spectrum(pipe, PAPER): sample(); ops.clear(); sample(); few = sum(ops)
+        with apply_spectrum(pipe, ONE):
+            sample()
+            ops.clear()
+            sample()
+            every = sum(ops)
+        with apply_spectrum(pipe, PAPER):
+            sample()
+            ops.clear()
+            sample()
+            few = sum(ops)
     print(f'\n{name}: operations run {every} → {few}')
     assert few < .85*every
 
@@ -652,7 +753,8 @@ def own_loop(pipe, call, steps=N):
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     embeds = flux_embeds(pipe, call['prompt'])
     with torch.no_grad():
-        for i in range(steps): x = x - flux_velocity(pipe, x, torch.tensor([1 - i/steps]), embeds, torch.tensor([2.5]))/steps
+        for i in range(steps):
+            x = x - flux_velocity(pipe, x, torch.tensor([1 - i/steps]), embeds, torch.tensor([2.5]))/steps
     return x
 
 
@@ -689,7 +791,8 @@ def of_kind(kind, rank):
             if 'tensor' in kind:
                 from diffusers import TensorParallelConfig
                 return denoiser.enable_parallelism(config=TensorParallelConfig(tp_degree=2))
-            denoiser.enable_parallelism(config=ContextParallelConfig(**{'ring_degree' if kind == 'ring' else 'ulysses_degree': 2}))
+            denoiser.enable_parallelism(config=ContextParallelConfig(
+                **{'ring_degree' if kind == 'ring' else 'ulysses_degree': 2}))
     if 'lora' in kind: pipe.load_lora_weights(lora(denoiser, 'transformer', 1))
     if not kind.endswith('after'):
         parallel()
@@ -706,7 +809,8 @@ def of_kind(kind, rank):
 def worker(folder, rank, kinds):
     import datetime, traceback
     import torch.distributed as dist
-    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2, timeout=datetime.timedelta(seconds=20))
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2,
+                            timeout=datetime.timedelta(seconds=20))
     for kind in kinds:
         try: out = of_kind(kind, rank) if kind != 'tolerance' else disagreeing(rank)
         except BaseException as e: out = f'{type(e).__name__}: {e}\n{traceback.format_exc()}'
@@ -717,7 +821,10 @@ def worker(folder, rank, kinds):
 def two_processes(folder, kinds, seconds=240):
     "What both processes of each kind returned: {kind: [of rank 0, of rank 1]}"
     env = os.environ | dict(OMP_NUM_THREADS='1', GLOO_SOCKET_IFNAME='lo')
-    procs = [subprocess.Popen([sys.executable, __file__, folder, str(rank), *kinds], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in (0, 1)]
+    procs = [
+        subprocess.Popen([sys.executable, __file__, folder, str(rank), *kinds], env=env, stdout=subprocess.PIPE,
+                         stderr=subprocess.STDOUT, text=True) for rank in (0, 1)
+    ]
     try: said = [p.communicate(timeout=seconds)[0] for p in procs]
     except subprocess.TimeoutExpired: said = ['timed out']*2
     finally: [p.kill() for p in procs]
@@ -841,14 +948,16 @@ def test_a_run_that_is_broken_off(name, how):
 @pytest.mark.parametrize('name', ['tiny-sdxl', 'tiny-wan', 'tiny-sd3'])
 def test_guidance_switched_off_in_a_run(name):
     pipe, denoiser, sample = load(name)
-    keys = dict([('tiny-sdxl', ('prompt_embeds', 'add_text_embeds', 'add_time_ids')), ('tiny-sd3', ('prompt_embeds', 'pooled_prompt_embeds'))]).get(name, ())
+    keys = dict([('tiny-sdxl', ('prompt_embeds', 'add_text_embeds', 'add_time_ids')),
+                 ('tiny-sd3', ('prompt_embeds', 'pooled_prompt_embeds'))]).get(name, ())
     off = 8
     def switch(pipe, i, t, given):
         if i == off - 1:
             pipe._guidance_scale = 0.
             for k in keys: given[k] = given[k].chunk(2)[-1]
         return given
-    cut = lambda **more: sample(callback_on_step_end=switch, callback_on_step_end_tensor_inputs=['latents', *keys], **more)
+    cut = lambda **more: sample(callback_on_step_end=switch, callback_on_step_end_tensor_inputs=['latents', *keys], **
+                                more)
     plain = cut()
     before = traces(denoiser)
     with apply_spectrum(pipe, ONE): assert torch.equal(cut(), plain)
@@ -884,12 +993,24 @@ def test_several_images_and_prompts(name):
 def test_prompt_embeddings(name):
     pipe, denoiser, sample = load(name)
     call = call_defaults(pipe, name)
-    captions, length = held_captions(call, 2), {k: call[k] for k in ('max_sequence_length', 'prompt_template') if k in call}
-    if name == 'tiny-flux': e = dict(zip(('prompt_embeds', 'pooled_prompt_embeds'), pipe.encode_prompt(captions, captions, **length)))
-    if name == 'tiny-sd3': e = dict(zip(('prompt_embeds', 'negative_prompt_embeds', 'pooled_prompt_embeds', 'negative_pooled_prompt_embeds'), pipe.encode_prompt(captions, captions, captions, **length)))
-    if name == 'tiny-sdxl': e = dict(zip(('prompt_embeds', 'negative_prompt_embeds', 'pooled_prompt_embeds', 'negative_pooled_prompt_embeds'), pipe.encode_prompt(captions)))
-    if name == 'tiny-hunyuan': e = dict(zip(('prompt_embeds', 'pooled_prompt_embeds', 'prompt_attention_mask'), pipe.encode_prompt(captions, **length)))
-    if name == 'tiny-wan': e = dict(zip(('prompt_embeds', 'negative_prompt_embeds'), pipe.encode_prompt(captions, '', **length)))
+    captions, length = held_captions(call,
+                                     2), {k: call[k] for k in ('max_sequence_length', 'prompt_template') if k in call}
+    if name == 'tiny-flux':
+        e = dict(zip(('prompt_embeds', 'pooled_prompt_embeds'), pipe.encode_prompt(captions, captions, **length)))
+    if name == 'tiny-sd3':
+        e = dict(
+            zip(('prompt_embeds', 'negative_prompt_embeds', 'pooled_prompt_embeds', 'negative_pooled_prompt_embeds'),
+                pipe.encode_prompt(captions, captions, captions, **length)))
+    if name == 'tiny-sdxl':
+        e = dict(
+            zip(('prompt_embeds', 'negative_prompt_embeds', 'pooled_prompt_embeds', 'negative_pooled_prompt_embeds'),
+                pipe.encode_prompt(captions)))
+    if name == 'tiny-hunyuan':
+        e = dict(
+            zip(('prompt_embeds', 'pooled_prompt_embeds', 'prompt_attention_mask'),
+                pipe.encode_prompt(captions, **length)))
+    if name == 'tiny-wan':
+        e = dict(zip(('prompt_embeds', 'negative_prompt_embeds'), pipe.encode_prompt(captions, '', **length)))
     plain, fast, _ = check(lambda: sample(prompt=None, **e), pipe, denoiser)
     with apply_spectrum(pipe, PAPER): assert relative(sample(), fast) < 1e-4
 
@@ -906,7 +1027,8 @@ def test_output_types_and_dicts(name):
 
 def call_of(pipe, name):
     call = call_defaults(pipe, name)
-    return dict(prompt=held_captions(call, 2), num_inference_steps=N, output_type='latent', generator=torch.Generator().manual_seed(3)) | call
+    return dict(prompt=held_captions(call, 2), num_inference_steps=N, output_type='latent',
+                generator=torch.Generator().manual_seed(3)) | call
 
 
 if __name__ == '__main__': worker(sys.argv[1], int(sys.argv[2]), sys.argv[3:])
@@ -919,7 +1041,8 @@ def test_passes_where_the_samplers_steps_are_large(name):
     pipe, denoiser, sample = load(name)
     config = SpectrumConfig(NoiseSpaced(6), Newton(1))
     with apply_spectrum(pipe, config) as run, count_calls(blocks_of(denoiser)) as counts:
-        sample(); sample(num_inference_steps=9)             # planned anew for another length
+        sample()
+        sample(num_inference_steps=9)             # planned anew for another length
     assert len(pipe.scheduler.sigmas) == 10
     wanted = [s.passes for s in run.stats[-1:]]
     assert wanted == [config.passes(9, pipe.scheduler.sigmas.tolist())]
@@ -942,7 +1065,8 @@ def test_a_published_list_is_followed_and_refuses_a_run_of_another_length():
     passes = [0, 1, 3, N - 1]
     with apply_spectrum(pipe, SpectrumConfig(Listed(passes, N), DampedLine())) as run:
         sample()
-        with pytest.raises(ValueError, match=f'is for {N} steps but the run has {N + 1}'): sample(num_inference_steps=N + 1)
+        with pytest.raises(ValueError, match=f'is for {N} steps but the run has {N + 1}'):
+            sample(num_inference_steps=N + 1)
     assert run.stats and all(s.passes == passes for s in run.stats)
 
 
@@ -953,9 +1077,11 @@ def test_a_calibration_leaves_the_pipeline_as_it_was(name):
     plain, before, scheduler = sample(), traces(denoiser), pipe.scheduler
     made = record(pipe, held_captions(call, 1), N, probes=(2, 1), **call)
     assert traces(denoiser) == before and pipe.scheduler is scheduler and torch.equal(sample(), plain)
-    assert set(made.hidden) == {'tiny-wan': {'cond', 'uncond'}, 'tiny-flux': {'cond'}, 'tiny-hunyuan': {'cond'}}.get(name, {''})
+    assert set(made.hidden) == {'tiny-wan': {'cond', 'uncond'}, 'tiny-flux': {'cond'},
+                                'tiny-hunyuan': {'cond'}}.get(name, {''})
     for feature in ('hidden', 'output'):
-        with apply_spectrum(pipe, made.plan(7, forecaster='gram', feature=feature), feature=feature) as run: fast = sample()
+        with apply_spectrum(pipe, made.plan(7, forecaster='gram', feature=feature), feature=feature) as run:
+            fast = sample()
         assert all(s.n_passes == 7 and not s.fallbacks for s in run.stats) and relative(fast, plain) < NEAR
 
 

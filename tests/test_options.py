@@ -15,7 +15,9 @@ ONE_THREAD = os.environ | dict(OMP_NUM_THREADS='1')
 root = Path(__file__).parents[1]
 
 
-def call(*words, cwd): return subprocess.run([COMMAND, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300, env=ONE_THREAD)
+def call(*words, cwd):
+    return subprocess.run([COMMAND, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300,
+                          env=ONE_THREAD)
 
 
 @pytest.mark.parametrize('model', ['tiny-flux', 'tiny-sdxl'])
@@ -37,21 +39,27 @@ def test_from_a_saved_pipeline_to_a_report_card_in_one_command(tmp_path):
     shutil.copytree(root/'spectrum_nb/weights/tiny-flux', tmp_path/'mine')
     (tmp_path/'mine/training.json').unlink()                    # a pipeline of somebody else
     (tmp_path/'prompts.txt').write_text('a red cross\na blue circle\na green square\n')
-    done = call('tune', '--model', './mine', '--prompts', 'prompts.txt', '--steps', 8, '--speedups', '2', '--out', 'card', cwd=tmp_path)
+    done = call('tune', '--model', './mine', '--prompts', 'prompts.txt', '--steps', 8, '--speedups', '2', '--out',
+                'card', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     card = json.loads((tmp_path/'card/card.json').read_text())
-    assert {r['name'] for r in card['rows']} == {'default', 'calibrated', "paper's", 'reuse, equal gaps', 'plain steps', 'second-order steps'}
-    assert card['model'] == './mine' and card['calibrated_on'] == ['a red cross'] and card['verdicts'][0]['sentence'] in done.stdout
+    assert {r['name'] for r in card['rows']
+            } == {'default', 'calibrated', "paper's", 'reuse, equal gaps', 'plain steps', 'second-order steps'}
+    assert card['model'] == './mine' and card['calibrated_on'] == ['a red cross'
+                                                                   ] and card['verdicts'][0]['sentence'] in done.stdout
     assert {'card.html', 'card.md', 'plan.json', 'strip.png'} <= {p.name for p in (tmp_path/'card').iterdir()}
 
 
 @pytest.mark.slow
 def test_bench_has_sub_commands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for words, says in ((['bench', 'nothing'], 'choose forecast'), (['bench', '--what', 'nothing'], 'choose forecast'), (['bench', 'cost', '--prompts', '3'], 'bench cost has no --prompts'),
-                        (['bench', 'hard', '--models', 'tiny-flix'], 'knows no model tiny-flix')):
+    for words, says in ((['bench', 'nothing'], 'choose forecast'), (['bench', '--what', 'nothing'], 'choose forecast'),
+                        (['bench', 'cost', '--prompts',
+                          '3'], 'bench cost has no --prompts'), (['bench', 'hard', '--models',
+                                                                  'tiny-flix'], 'knows no model tiny-flix')):
         assert main(words) == 2 and says in capsys.readouterr().err
-    for words in (['bench', 'few', '--models', 'tiny-sd3', '--prompts', '1'], ['bench', '--what', 'few', '--models', 'tiny-sd3', '--prompts', '1', '--out', 'too.json']):
+    for words in (['bench', 'few', '--models', 'tiny-sd3', '--prompts',
+                   '1'], ['bench', '--what', 'few', '--models', 'tiny-sd3', '--prompts', '1', '--out', 'too.json']):
         assert main(words) == 0
     one, two = (json.loads((tmp_path/f).read_text()) for f in ('bench.json', 'too.json'))
     assert one['tables'] == two['tables'] and one['tables']
@@ -59,11 +67,15 @@ def test_bench_has_sub_commands(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize('command', ['sample', 'run', 'calibrate', 'tune'])
 @pytest.mark.parametrize('words, says', [
-    (['--offload', 'everything'], '--offload must be'), (['--dtype', 'int8'], '--dtype must be'), (['--quantize', 'int1'], '--quantize must be'), (['--lora', './no.safetensors'], '--lora: there is no'),
-    (['--scheduler', 'Euclid'], '--scheduler Euclid'), (['--set', 'speed=1'], '--set speed'), (['--num', '0'], 'num must'), (['--image', 'no.png'], '--image no.png'), (['--frames', '9'], '--frames: FluxPipeline'),
+    (['--offload', 'everything'], '--offload must be'), (['--dtype', 'int8'], '--dtype must be'),
+    (['--quantize', 'int1'], '--quantize must be'), (['--lora', './no.safetensors'], '--lora: there is no'),
+    (['--scheduler', 'Euclid'], '--scheduler Euclid'), (['--set', 'speed=1'], '--set speed'),
+    (['--num', '0'], 'num must'), (['--image', 'no.png'], '--image no.png'),
+    (['--frames', '9'], '--frames: FluxPipeline'),
 ])
 def test_bad_options_are_answered_in_one_line_and_write_nothing(command, words, says, tmp_path, monkeypatch, capsys):
-    (tmp_path/'mine').mkdir()                                   # an index without weights: whatever is loaded fails otherwise
+    # an index without weights: whatever is loaded fails otherwise
+    (tmp_path/'mine').mkdir()
     shutil.copy(root/'spectrum_nb/weights/tiny-flux/model_index.json', tmp_path/'mine')
     (tmp_path/'p.txt').write_text('a\nb\nc\n')
     monkeypatch.chdir(tmp_path)

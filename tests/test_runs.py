@@ -11,7 +11,10 @@ import pytest
 
 COMMAND = Path(sys.executable).with_name('spectrum-nb')
 ONE_THREAD = os.environ | dict(OMP_NUM_THREADS='1')     # sums of one process and of two are then made in the same order
-PROMPTS = ['a large red circle at the centre on a blue background', '# a comment', '', 'a/b: ../c', 'a small green cross at the left on a white background', '🦊']
+PROMPTS = [
+    'a large red circle at the centre on a blue background', '# a comment', '', 'a/b: ../c',
+    'a small green cross at the left on a white background', '🦊'
+]
 
 
 @pytest.fixture
@@ -21,10 +24,18 @@ def prompts(tmp_path):
 
 
 def words(*extra): return [str(COMMAND), 'run', '--prompts', 'prompts.txt', '--steps', '9', '--seeds', '2', *extra]
-def launched(n, *extra): return [str(Path(sys.executable).with_name('accelerate')), 'launch', '--cpu', '--num_processes', str(n), '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', *words(*extra)]
+def launched(n, *extra):
+    return [
+        str(Path(sys.executable).with_name('accelerate')), 'launch', '--cpu', '--num_processes',
+        str(n), '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', *words(*extra)
+    ]
 def call(argv, cwd): return subprocess.run(argv, cwd=cwd, capture_output=True, text=True, timeout=300, env=ONE_THREAD)
 def pictures(folder): return {p.name: p.read_bytes() for p in Path(folder).glob('*.png')}
-def notes(folder): return {p.name: {k: v for k, v in json.loads(p.read_text()).items() if k != 'seconds'} for p in Path(folder).glob('*-s?.json')}
+def notes(folder):
+    return {
+        p.name: {k: v for k, v in json.loads(p.read_text()).items() if k != 'seconds'}
+        for p in Path(folder).glob('*-s?.json')
+    }
 
 
 @pytest.mark.slow
@@ -35,18 +46,24 @@ def test_two_processes_make_what_one_makes(prompts):
     assert two.returncode == 0, two.stderr
     runs = prompts/'spectrum_runs'
     assert len(pictures(runs/'one')) == 8 and len(notes(runs/'one')) == 8
-    for part in ('', 'full'): assert pictures(runs/'one'/part) == pictures(runs/'two'/part) and notes(runs/'one'/part).keys() == notes(runs/'two'/part).keys()
-    assert one.stdout.replace('/one', '/two').split('seconds')[0] == two.stdout.split('seconds')[0]          # the summary is written once
-    assert (runs/'two'/'contact-sheet.jpg').stat().st_size > 10_000 and json.loads((runs/'two'/'summary.json').read_text())['samples'] == 8
+    for part in ('', 'full'):
+        assert pictures(runs/'one'/part) == pictures(runs/'two'/part) and notes(runs/'one'/part).keys() == notes(
+            runs/'two'/part).keys()
+    # the summary is written once
+    assert one.stdout.replace('/one', '/two').split('seconds')[0] == two.stdout.split('seconds')[0]
+    assert (runs/'two'/'contact-sheet.jpg').stat().st_size > 10_000 and json.loads(
+        (runs/'two'/'summary.json').read_text())['samples'] == 8
     compared = call([str(COMMAND), 'compare', '--help'], prompts)
     assert compared.returncode == 0
     compared = call([str(COMMAND), 'compare', 'spectrum_runs/one', 'spectrum_runs/two'], prompts)
-    assert compared.returncode == 0 and json.loads((prompts/'comparison/comparison.json').read_text())['relative_l2'] == 0, compared.stderr
+    assert compared.returncode == 0 and json.loads(
+        (prompts/'comparison/comparison.json').read_text())['relative_l2'] == 0, compared.stderr
 
 
 @pytest.mark.slow
 def test_what_a_killed_process_left_is_made_by_a_rerun(prompts):
-    running = subprocess.Popen(launched(2, '--name', 'killed', '--steps', '60'), cwd=prompts, env=ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    running = subprocess.Popen(launched(2, '--name', 'killed', '--steps', '60'), cwd=prompts, env=ONE_THREAD,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     folder = prompts/'spectrum_runs/killed'
     deadline = time.time() + 120
     while len(notes(folder)) < 2 and time.time() < deadline: time.sleep(.05)
@@ -62,8 +79,10 @@ def test_what_a_killed_process_left_is_made_by_a_rerun(prompts):
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_a_folder_that_can_be_resumed(prompts):
-    listens = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)          # a shell's background jobs, and so their children, ignore Ctrl-C
-    running = subprocess.Popen(words('--steps', '60'), cwd=prompts, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listens)
+    # a shell's background jobs, and so their children, ignore Ctrl-C
+    listens = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    running = subprocess.Popen(words('--steps', '60'), cwd=prompts, env=ONE_THREAD, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, preexec_fn=listens)
     folder = prompts/'spectrum_runs/run'
     deadline = time.time() + 120
     while len(notes(folder)) < 1 and time.time() < deadline: time.sleep(.05)

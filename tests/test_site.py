@@ -21,7 +21,9 @@ from spectrum_nb.plan import SpectrumConfig
 
 pytestmark = pytest.mark.slow
 root = Path(__file__).parents[1]
-CHROMIUM = next((found for name in ('chromium', 'chromium-browser', 'google-chrome', 'chrome') if (found := shutil.which(name))), None)
+CHROMIUM = next(
+    (found for name in ('chromium', 'chromium-browser', 'google-chrome', 'chrome') if (found := shutil.which(name))),
+    None)
 PAGES = {re.sub(r'^\d+\w?_', '', p.stem) + '.html': p.name for p in sorted((root/'nbs').iterdir())
          if p.suffix in ('.ipynb', '.md')}
 NOTEBOOKS = {page: name for page, name in PAGES.items() if name.endswith('.ipynb')}
@@ -47,7 +49,9 @@ def browser(site):
     with sync_playwright() as p:
         path = CHROMIUM or (p.chromium.executable_path if Path(p.chromium.executable_path).exists() else None)
         if not path and os.environ.get('CI'): pytest.fail('no Chromium in continuous integration')
-        if not path: pytest.skip('no Chromium on this machine: install one (apt-get install chromium, or playwright install chromium)')
+        if not path:
+            pytest.skip(
+                'no Chromium on this machine: install one (apt-get install chromium, or playwright install chromium)')
         browser = p.chromium.launch(executable_path=path, args=['--no-sandbox'])
         yield browser
         browser.close()
@@ -64,7 +68,8 @@ def opened(browser, site, page, **settings):
     "(tab, everything that goes wrong in it) of a page that can reach no network but the site's own"
     context, wrong = browser.new_context(**settings), []
     context.set_default_timeout(10_000)
-    context.route(lambda url: not url.startswith((site, 'data:', 'blob:')), lambda route: (wrong.append(f'fetches {route.request.url}'), route.abort()))
+    context.route(lambda url: not url.startswith((site, 'data:', 'blob:')), lambda route:
+                  (wrong.append(f'fetches {route.request.url}'), route.abort()))
     tab = context.new_page()
     tab.on('console', lambda m: wrong.append(f'console: {m.text}') if m.type in ('error', 'warning') else None)
     tab.on('pageerror', lambda e: wrong.append(f'exception: {e}'))
@@ -78,7 +83,8 @@ def dead(site, href):
     url = urlsplit(href)
     target = root/'_docs'/unquote(url.path).lstrip('/')
     target = target/'index.html' if target.is_dir() else target
-    return not target.exists() or bool(url.fragment) and f'id="{unquote(url.fragment)}"' not in target.read_text(encoding='utf-8')
+    return not target.exists() or bool(
+        url.fragment) and f'id="{unquote(url.fragment)}"' not in target.read_text(encoding='utf-8')
 
 
 # text and its contrast with what is behind it (WCAG 2, transparency included), and boxes that stick out of the page without a way to scroll to them
@@ -115,29 +121,42 @@ def expected(path):
 @pytest.mark.parametrize('name', PAGES)
 def test_page_shows_its_notebook_without_an_error_and_leads_somewhere(site, browser, name):
     tab, wrong = opened(browser, site, name)
-    wrong += [f'missing image: {src[:80]}' for src in tab.evaluate('[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src)')]
+    wrong += [
+        f'missing image: {src[:80]}'
+        for src in tab.evaluate('[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src)')
+    ]
     silent = tab.evaluate('[...document.images].filter(i => i.alt.trim().length < 8).map(i => i.src)')
     wrong += [f'a picture without words: {src[:80]}' for src in silent]
-    wrong += [f'not rendered: {text}' for text in tab.evaluate(r"""[...document.querySelectorAll('main p, main li, main td, main h1, main h2, main h3, main h4, merror')].filter(e =>
+    wrong += [f'not rendered: {text}'
+              for text in tab.evaluate(r"""[...document.querySelectorAll('main p, main li, main td, main h1, main h2, main h3, main h4, merror')].filter(e =>
         e.tagName == 'MERROR' || /\$[^$]+\$|\\\(|\\\[|\[@\w|\]\(|\*\*\S/.test([...e.childNodes].filter(n => n.nodeType == 3).map(n => n.textContent).join(''))).map(e => e.textContent.slice(0, 80))""")]
     pictures, formulas, words = expected(PAGES[name])
-    shown, drawn = tab.evaluate('[document.querySelectorAll("main img").length, document.querySelectorAll("main math[display=block] *").length && document.querySelectorAll("main math[display=block]").length]')
-    if (shown, drawn) != (pictures, formulas): wrong.append(f'{shown} pictures and {drawn} displayed formulas, the notebook has {pictures} and {formulas}')
+    shown, drawn = tab.evaluate(
+        '[document.querySelectorAll("main img").length, document.querySelectorAll("main math[display=block] '
+        '*").length && document.querySelectorAll("main math[display=block]").length]'
+    )
+    if (shown, drawn) != (pictures, formulas):
+        wrong.append(f'{shown} pictures and {drawn} displayed formulas, the notebook has {pictures} and {formulas}')
     if 'Traceback (most recent call last)' in tab.inner_text('main'): wrong.append('shows a traceback')
     links = {href for href in tab.evaluate('[...document.links].map(a => a.href)')}
     here = {href for href in links if href.startswith(site)}
     wrong += [f'dead link: {href}' for href in sorted(here) if dead(site, href)]
     assert len(here) >= len(PAGES)                              # the sidebar at least
-    ours = {m[1] for href in links if (m := re.match(r'https://github.com/spectrum-nb/spectrum_nb/blob/main/([^#]+)', href))}
+    ours = {
+        m[1] for href in links if (m := re.match(r'https://github.com/spectrum-nb/spectrum_nb/blob/main/([^#]+)', href))
+    }
     wrong += [f'no such file: {path}' for path in ours if not (root/path).exists()]
-    actions = tab.evaluate('Object.fromEntries([...document.querySelectorAll("a.toc-action")].map(a => [a.textContent.trim(), a.href]))')
+    actions = tab.evaluate(
+        'Object.fromEntries([...document.querySelectorAll("a.toc-action")].map(a => [a.textContent.trim(), a.href]))')
     path = urlsplit(actions['View source']).path
     assert path == f'/spectrum-nb/spectrum_nb/blob/main/nbs/{PAGES[name]}'
     if name in NOTEBOOKS: assert actions['Run in Colab'] == f'https://colab.research.google.com/github{path}'
     look = tab.evaluate(LOOK)
-    if look['characters'] < .5*words: wrong.append(f'only {look["characters"]} characters of text can be seen, the notebook has {words}')
+    if look['characters'] < .5*words:
+        wrong.append(f'only {look["characters"]} characters of text can be seen, the notebook has {words}')
     tab.set_viewport_size(dict(width=390, height=844))           # a phone
-    if (width := tab.evaluate('document.documentElement.scrollWidth')) > 390: wrong.append(f'{width} pixels wide on a phone of 390')
+    if (width := tab.evaluate('document.documentElement.scrollWidth')) > 390:
+        wrong.append(f'{width} pixels wide on a phone of 390')
     wrong += [f'sticks out: {e}' for e in [*look['outside'], *tab.evaluate(LOOK)['outside']]]
     tab.context.close()
     assert not wrong, '\n'.join(wrong)
@@ -227,5 +246,6 @@ def test_search_finds_a_page_by_what_it_says(site, browser):
     box = tab.locator('#quarto-search input, .aa-Input, input[type=search]').first
     if not box.is_visible(): tab.locator('#quarto-search button, .aa-DetachedSearchButton').first.click()
     box.press_sequentially('Bernstein ellipse')
-    tab.locator('a[href*="chebyshev.html#"]:visible').first.wait_for()       # a place on the page, not the sidebar's link to it
+    # a place on the page, not the sidebar's link to it
+    tab.locator('a[href*="chebyshev.html#"]:visible').first.wait_for()
     assert not wrong
