@@ -35,7 +35,7 @@ WEB_FONT = re.compile(r'''@import\s+(url\(\s*["']?https?:[^)]*\)|"https?:[^"]*"|
 
 
 def without_numbers(text, names):
-    "Links to 03_forecast.ipynb become links to forecast.ipynb, the name that nbdev gives the page"
+    "Links to 04_forecast.ipynb become links to forecast.ipynb, the name that nbdev gives the page"
     return re.sub(r'(\]\()([\w.]+\.ipynb)', lambda link: link[1] + names.get(link[2], link[2]), text)
 
 

@@ -17,13 +17,16 @@ import torch
 from PIL import Image
 
 from spectrum_nb.anatomy import blocks_of, count_calls, find_anatomy
-from spectrum_nb.hook import SpectrumHook, apply_spectrum, find_denoisers
+from spectrum_nb.apply import apply_spectrum, find_denoisers
 from spectrum_nb.calibrate import record
 from spectrum_nb.clock import levels_of
 from spectrum_nb.forecast import DampedLine, Newton
-from spectrum_nb.plan import Plan, SpectrumConfig, make_plan
+from spectrum_nb.hook import SpectrumHook
+from spectrum_nb.lab.captions import held_captions
+from spectrum_nb.plan import Plan, make_plan
+from spectrum_nb.presets import call_defaults, load_pipeline
 from spectrum_nb.schedule import Even, Listed, NoiseSpaced
-from spectrum_nb.presets import call_defaults, held_captions, load_pipeline
+from spectrum_nb.settings import SpectrumConfig
 
 N = 14
 ONE, PAPER = SpectrumConfig(speedup=1), SpectrumConfig.paper()
@@ -749,7 +752,7 @@ def of_rank(rank): return dict(prompt=held_captions(dict(height=32), 2)[rank:ran
 
 def own_loop(pipe, call, steps=N):
     "A loop of one's own over a FLUX denoiser"
-    from spectrum_nb.flux import flux_embeds, flux_velocity
+    from spectrum_nb.lab.flux import flux_embeds, flux_velocity
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     embeds = flux_embeds(pipe, call['prompt'])
     with torch.no_grad():

@@ -28,17 +28,21 @@ from torch import nn
 
 import spectrum_nb
 from spectrum_nb.anatomy import CountingBlock, ToyDenoiser
-from spectrum_nb.calibrate import Calibration
+from spectrum_nb.apply import SpectrumHandle, apply_spectrum
+from spectrum_nb.calibration import Calibration
 from spectrum_nb.cli import COMMANDS, main
 from spectrum_nb.clock import PipelineClock
 from spectrum_nb.forecast import Blend, Chebyshev, DampedLine, Newton, SteadyLine
 from spectrum_nb.history import History
-from spectrum_nb.hook import Run, RunStats, SpectrumHandle, SpectrumHook, apply_spectrum
-from spectrum_nb.plan import Plan, SpectrumConfig, make_plan
+from spectrum_nb.hook import SpectrumHook
+from spectrum_nb.lab.tiny import fit, save_pipeline
+from spectrum_nb.plan import Plan, make_plan
 from spectrum_nb.presets import load_pipeline
+from spectrum_nb.report import RunStats
+from spectrum_nb.run import Run
 from spectrum_nb.runs import read_prompts
 from spectrum_nb.schedule import SCHEDULES, Listed, NoiseQuantiles
-from spectrum_nb.tiny import fit, save_pipeline
+from spectrum_nb.settings import SpectrumConfig
 
 def bug(reason, raises=None):
     return pytest.mark.xfail(strict=True, reason=reason, **dict(raises=raises) if raises else {})

@@ -17,7 +17,7 @@ import pytest
 from execnb.nbio import read_nb
 from playwright.sync_api import sync_playwright
 
-from spectrum_nb.plan import SpectrumConfig
+from spectrum_nb.settings import SpectrumConfig
 
 pytestmark = pytest.mark.slow
 root = Path(__file__).parents[1]

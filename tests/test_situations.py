@@ -22,13 +22,15 @@ from profiles import NIGHTLY, examples
 from torch import nn
 
 from spectrum_nb.anatomy import ToyDenoiser, find_anatomy
-from spectrum_nb.any_denoiser import EXAMPLES, denoiser_classes
-from spectrum_nb.calibrate import Calibration, record, set_up, shipped_calibration
+from spectrum_nb.apply import apply_spectrum, find_denoisers
+from spectrum_nb.calibrate import record, set_up
+from spectrum_nb.calibration import Calibration, shipped_calibration
 from spectrum_nb.clock import unwrapped
-from spectrum_nb.hook import apply_spectrum, find_denoisers
-from spectrum_nb.plan import SpectrumConfig, make_plan
+from spectrum_nb.lab.any_denoiser import EXAMPLES, denoiser_classes
+from spectrum_nb.plan import make_plan
 from spectrum_nb.presets import call_defaults, load_pipeline
 from spectrum_nb.runs import all_jobs, make_sample, sample_all
+from spectrum_nb.settings import SpectrumConfig
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings('ignore')
