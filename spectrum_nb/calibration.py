@@ -30,7 +30,7 @@ from .schedule import NoiseQuantiles, NoiseSpaced, passes_for
 
 # %% ../nbs/39_calibration.ipynb #ebbf64fd
 PLACES = (       # how places for the passes are found:
-    'output',    # least foretold error, by the Gram matrix of the outputs
+    'output',    # least predicted error, by the Gram matrix of the outputs
     'hidden',    # by that of the hidden features
     'cautious',  # by that of the outputs, with the square roots of the gains
     'loop',      # by that of the outputs, with the gains that the plan's own loop leaves: see `loop_gains`
@@ -94,8 +94,8 @@ class Calibration:
 
     @cached_property
     def bias(self):
-        "Measured over foretold error, geometric mean over the trials; 1 without any"
-        # of all steps nothing is foretold
+        "Measured over predicted error, geometric mean over the trials; 1 without any"
+        # of all steps nothing is predicted
         ratios = [t.measured/t.predicted for t in self.trials if t.predicted > 0]
         return float(gmean(ratios)) if ratios else 1.
 
@@ -122,7 +122,7 @@ class Calibration:
         forecaster=None, # of a list of passes
         corrected=True,  # multiplied by the bias that the trials measured
         loop=False,      # with the gains of the plan's own loop, see `loop_gains`; the bias is of the other
-    ):                   # ‖Δ‖ / ‖x_n‖ foretold
+    ):                   # ‖Δ‖ / ‖x_n‖ predicted
         "The relative error of the last sample that a plan will make, cancellation between gaps not counted on"
         if not isinstance(plan, Plan): plan = plan_from(plan, self.n_steps, self.forecaster(forecaster))
         if plan.n_steps != self.n_steps:
@@ -152,7 +152,7 @@ class Calibration:
     def plan(self,
         n_passes:int=None,   # passes of a run; or
         speedup:float=None,  # steps ÷ passes, at least; or
-        max_error:float=None,# foretold relative error, at most: the fewest passes that reach it
+        max_error:float=None,# predicted relative error, at most: the fewest passes that reach it
         forecaster='best',   # `'best'`: what the trials found best for so many passes; or see `Calibration.forecaster`
         places=None,         # how places are found: see PLACES; by default what the trials found best, `'cautious'` without any
         feature='hidden',    # what is to be forecast: apply_spectrum's `feature`
@@ -206,7 +206,7 @@ class Calibration:
     def front(self,
         budgets=range(4, 21),  # numbers of passes
         forecaster='best',     # see `plan`
-    ):                         # {passes: foretold relative error}
+    ):                         # {passes: predicted relative error}
         "What each budget costs in error"
         return {
             k: self.predicted_error(self.plan(k, forecaster=forecaster))

@@ -151,7 +151,7 @@ def calibrate(
     prompts:str='',          # text file, UTF-8, one prompt a line; by default, for a tiny model, captions that its training saw, with --published some of them cut to a half or to nothing
     limit:int=8,             # use only the first prompts
     seed:int=0,              # first seed; one a prompt
-    passes:str='14,10,8',    # budgets for which plans are tried out; others are foretold only
+    passes:str='14,10,8',    # budgets for which plans are tried out; others are predicted only
     trials:int=8,            # prompts of a trial, at most; 0 tries nothing
     **kwargs
 ):
@@ -185,7 +185,7 @@ def calibrate(
         tried = [
             t.measured for t in made.trials if t.passes == tuple(best.passes) and best.name.endswith(str(t.forecaster))
         ]
-        print(f'{k} passes: foretold error {made.predicted_error(best):.3f}' +
+        print(f'{k} passes: predicted error {made.predicted_error(best):.3f}' +
               ''.join(f', measured {m:.3f}' for m in tried) + f'; {best.name}, {" ".join(map(str, best.passes))}')
         if steps_ := made.nearer_steps(k):
             print(f'  {k} {steps_.sampler} are nearer ({steps_.measured:.3f}): take those, or more passes')

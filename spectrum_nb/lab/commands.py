@@ -20,7 +20,7 @@ from ..figures import save_figure
 from ..files import provenance, read_json, save_json
 from .ablations import ablations_bench
 from .bench import forecast_bench, loops_bench
-from .calibrated import BUDGETS, calibrated_bench, foretold_bench, transfer_bench
+from .calibrated import BUDGETS, calibrated_bench, predicted_bench, transfer_bench
 from .captions import held_captions
 from .cost import cost_jobs
 from .features import features_bench
@@ -86,7 +86,7 @@ def is_ours(model):
 # %% ../../nbs/58_lab_commands.ipynb #8360fbcf
 @call_parse
 def bench(
-    what:str='forecast',   # `forecast`: one forecast at FLUX's feature size; `cost`: at all sizes; `real_size`: the published architectures; on the tiny models `loop`: denoising loops; `quality`: against the rivals; `calibrated`, `foretold`, `transfer`: calibrated plans; `peers`: other caches; `ablations`; `hard`: published guidance, open prompts, short runs; `forms`: every schedule with every forecaster; `early`: passes early or late; `few`: small budgets; `features`: along runs
+    what:str='forecast',   # `forecast`: one forecast at FLUX's feature size; `cost`: at all sizes; `real_size`: the published architectures; on the tiny models `loop`: denoising loops; `quality`: against the rivals; `calibrated`, `predicted`, `transfer`: calibrated plans; `peers`: other caches; `ablations`; `hard`: published guidance, open prompts, short runs; `forms`: every schedule with every forecaster; `early`: passes early or late; `few`: small budgets; `features`: along runs
     device:str='cpu',      # cpu or cuda
     prompts:int=None,      # held-out captions for the tables, a seed each; by default those of the saved tables
     rounds:int=7,          # rounds of `loop`, of which the median counts
@@ -148,8 +148,8 @@ TABLES = dict(
              device: {(m,): partial(quality_bench, m, prompts, device=device) for m in TINY}),
     calibrated=('50 and 28', 64, 2000, lambda prompts,
                 device: {(str(n), m): partial(calibrated_bench, m, n, prompts, device) for n in BUDGETS for m in TINY}),
-    foretold=('50', 8, 3000, lambda prompts,
-              device: {(m,): partial(foretold_bench, m, 50, prompts, device) for m in TINY}),
+    predicted=('50', 8, 3000, lambda prompts,
+              device: {(m,): partial(predicted_bench, m, 50, prompts, device) for m in TINY}),
     transfer=('50', 32, 4000, lambda prompts,
               device: {(m,): partial(transfer_bench, m, prompts, device=device) for m in TINY}),
     peers=('50', 8, 5000, lambda prompts,

@@ -326,13 +326,13 @@ def mode_rows(model, denoiser, kwargs, mode, n_steps, budgets, left, costs, whol
             np.median(each[~plan.is_pass]))
         composed = k*with_hook + each[~plan.is_pass].sum()
         seconds = run_loop(model, denoiser, kwargs, n_steps, config)[0] if whole else composed
-        foretold = peak_bytes(plan, math.prod(costs['feature']), dtype, model.calls)
+        predicted = peak_bytes(plan, math.prod(costs['feature']), dtype, model.calls)
         rows.append(EMPTY | shared
                     | dict(passes=k, how='end to end' if whole else 'composed', pass_with_hook_ms=1e3*
                            with_hook, forecast_ms=1e3*forecast, seconds_full=full, seconds=seconds, speedup=full/
                            seconds, efficiency=efficiency(full, seconds, n_steps, k), peak=peak,
-                           history_and_one=foretold, extra_over=(peak - peak_full)/
-                           foretold, blocks_in_forecasts=round(ran - real, 3) if mode == 'eager' else None) | costs[k])
+                           history_and_one=predicted, extra_over=(peak - peak_full)/
+                           predicted, blocks_in_forecasts=round(ran - real, 3) if mode == 'eager' else None) | costs[k])
     return rows
 
 # %% ../../nbs/45_real_size.ipynb #35c6ce59
