@@ -41,8 +41,8 @@ def ellipse_parameter(
 def check_rho(rho):
     "Raise a `ValueError` unless ρ is finite and greater than 1"
     if not (np.isfinite(rho) & (np.asarray(rho) > 1)).all():
-        raise ValueError(
-            f'rho must be finite and greater than 1, not {rho}: the ellipse of 1 is the interval [-1, 1] itself')
+        raise ValueError(f'rho must be finite and greater than 1, not {rho}: '
+                         'the ellipse of 1 is the interval [-1, 1] itself')
 
 # %% ../nbs/01_chebyshev.ipynb #916533fd
 def bernstein_ellipse(
