@@ -132,10 +132,9 @@ def spaced_passes(
         reached += weights[i]
     return passes + list(range(end, n_steps))
 
-# %% ../nbs/05_schedule.ipynb #09884fba
-SPEEDUP = 3.5      # steps ÷ passes, unless another number is said: 14 passes of 50 steps, the paper's
-
 # %% ../nbs/05_schedule.ipynb #f91e3c8f
+SPEEDUP = 3.5      # steps ÷ passes, unless another number is given: 14 passes of 50 steps, the paper's
+
 def passes_for(
     speedup:float, # steps ÷ passes, at least
     n_steps:int,   # steps
@@ -233,6 +232,7 @@ class Listed:
     "A published list of passes, for runs of one length"
     passes:tuple   # ascending steps, the first 0
     n_steps:int    # number of steps of the run that the list is for
+    name = 'listed'
 
     def __post_init__(self):
         check_number('n_steps', self.n_steps, 1, Integral)
@@ -249,12 +249,12 @@ class Listed:
                              f'run {self.n_steps} steps, or choose another schedule, such as Even({len(self.passes)})')
         return [*self.passes]
 
-    def share(self,
-        fraction:float, # of a run's steps
-    ):                  # schedule
-        "The schedule of a part of a run: every step is a pass, with a warning, for the list is of a whole one"
-        warnings.warn(f'a list of passes is of a whole run of {self.n_steps} steps: of a part, every step is a pass',
-                      stacklevel=2)
-        return Even(speedup=1)
-
-    name = 'listed'
+# %% ../nbs/05_schedule.ipynb #c74b6523
+@patch
+def share(self:Listed,
+    fraction:float, # of a run's steps
+):                  # schedule
+    "The schedule of a part of a run: every step is a pass, with a warning, for the list is of a whole one"
+    warnings.warn(f'a list of passes is of a whole run of {self.n_steps} steps: of a part, every step is a pass',
+                  stacklevel=2)
+    return Even(speedup=1)
