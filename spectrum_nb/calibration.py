@@ -22,11 +22,12 @@ from .checks import check_number
 from .files import read_json
 from .forecast import FORECASTERS, check_forecaster
 from .gram import Gram, choose_shrinkage, typical, typical_weights
+from .noise_gaps import NoiseQuantiles, NoiseSpaced
 from .places import search_passes
 from .plan import Plan, plan_from
 from .predicted_error import RunError
 from .presets import find_preset
-from .schedule import NoiseQuantiles, NoiseSpaced, passes_for
+from .schedule import passes_for
 
 # %% ../nbs/39_calibration.ipynb #ebbf64fd
 PLACES = (       # how places for the passes are found:

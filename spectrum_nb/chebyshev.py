@@ -23,7 +23,7 @@ def basis(
     tau,         # time or array of times in [-1, 1]
     degree:int,  # M
 ):               # [..., M+1] float64
-    "T_0 … T_M at `tau` by NumPy's `chebvander`; a `ValueError` for times outside [−1, 1], where they grow without bound"
+    "T_0 … T_M at `tau`, by NumPy's `chebvander`; a `ValueError` for times outside [−1, 1], where they have no bound"
     tau = np.asarray(tau, dtype=np.float64)
     if not (np.abs(tau) <= 1 + 1e-12).all():
         raise ValueError(f'times must lie in [-1, 1], got {tau}; rescaled_time(step, n_steps) makes them from steps')
@@ -41,8 +41,8 @@ def ellipse_parameter(
 def check_rho(rho):
     "Raise a `ValueError` unless ρ is finite and greater than 1"
     if not (np.isfinite(rho) & (np.asarray(rho) > 1)).all():
-        raise ValueError(
-            f'rho must be finite and greater than 1, not {rho}: the ellipse of 1 is the interval [-1, 1] itself')
+        raise ValueError(f'rho must be finite and greater than 1, not {rho}: '
+                         'the ellipse of 1 is the interval [-1, 1] itself')
 
 # %% ../nbs/01_chebyshev.ipynb #916533fd
 def bernstein_ellipse(

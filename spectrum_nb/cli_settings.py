@@ -13,10 +13,11 @@ from pathlib import Path
 from .calibration import Calibration, shipped_calibration
 from .checks import check_number
 from .forecast import FORECASTERS, Blend, Chebyshev, name_of
+from .noise_gaps import SCHEDULES
 from .options import check_counts
 from .plan import Plan
 from .presets import config_for_model
-from .schedule import SCHEDULES, SPEEDUP, Growing, passes_for
+from .schedule import SPEEDUP, Growing, passes_for
 from .settings import SpectrumConfig, config_for_passes
 
 # %% ../nbs/57b_cli_settings.ipynb #061fc450

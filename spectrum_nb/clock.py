@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline, ModularPipeline, SchedulerMixin
 from diffusers.modular_pipelines import PipelineState
 from torch import nn
 
-from .schedule import noise_shares
+from .noise_gaps import noise_shares
 
 # %% ../nbs/11_clock.ipynb #6e331582
 class Moment(NamedTuple):

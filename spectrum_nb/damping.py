@@ -7,6 +7,7 @@ __all__ = ['unscaled', 'velocity_between', 'velocity_of_kept', 'change_ratio', '
 
 # %% ../nbs/09_damping.ipynb #d73807f4
 import torch
+from fastcore.basics import patch
 
 # %% ../nbs/09_damping.ipynb #09cbb85a
 def unscaled(
@@ -82,41 +83,48 @@ class Steadiness:
         memory:int=2,    # the smallest of so many latest ratios counts
     ):
         self.trust, self.base, self.first, self.memory = trust, base, first, memory
-        self.left, self.known, self.latest, self.ratios = None, [], [], {}
-        self.damping = float(first)     # d: one number, or [rows] float64 on the CPU where images differ
+        self.left, self.known = None, []        # the pass just left: (step, rows, share); velocities: (step, rows)
+        self.latest, self.ratios = [], {}       # the latest ratios, [rows] each; the smallest of each pass by its step
+        self.damping = float(first)             # d: one number, or [rows] float64 on the CPU where images differ
 
-    def see(self,
-        step:int,      # step of this call
-        sample,        # what the denoiser is given: [rows, …]
-        share:float,   # share of noise in it, or any time that goes with it
-        is_pass:bool,  # whether all blocks will run
-        flow=True,     # see `unscaled`
-        kept=None,     # what a multistep sampler kept of the step before, and whether it is a clean prediction
-    ):
-        "Take note of a call; after a pass, of where the sampler went from there"
-        due = self.left is not None and self.left[0] == step - 1
-        x = rows_of(sample) if due or is_pass else None                  # most forecast steps need no copy
-        if due and x is not None: self.measure(x, share, flow, kept)
-        self.left = (step, x, share) if is_pass and x is not None else None
+# %% ../nbs/09_damping.ipynb #110e1072
+@patch
+def shares(self:Steadiness):
+    "d of each row, one number where all are alike"
+    ratio = torch.stack(self.latest).amin(0)
+    rows = (self.base*ratio.isfinite() + self.trust*ratio.nan_to_num(0., 0., 0.)).clamp(0, 1)    # not finite: reuse
+    return rows[0].item() if bool((rows == rows[0]).all()) else rows
 
-    def measure(self, after, share_after, flow, kept):
-        "The velocity at the pass that was left; with three of them, the ratio"
-        step, x, share = self.left
-        predicted = None if kept is None else rows_like(kept[0], x)
-        if predicted is not None: v = velocity_of_kept(x, share, predicted, kept[1], flow)
-        elif after.shape == x.shape: v = velocity_between(x, share, after, share_after, flow)
-        else: return
-        self.known = [(s, w) for s, w in self.known if w.shape == v.shape][-2:] + [(step, v)]
-        if len(self.known) < 3: return
-        steps, velocities = zip(*self.known)
-        ratio = change_ratio(velocities, steps).double().cpu()
-        alike = [r for r in self.latest if r.shape == ratio.shape]
-        self.latest = [*alike, ratio][-self.memory:]
-        self.ratios[step] = ratio.min().item()
-        self.damping = self.shares()
+# %% ../nbs/09_damping.ipynb #8cd3871d
+@patch
+def measure(self:Steadiness, after, share_after, flow, kept):
+    "The velocity at the pass that was left; with three of them, the ratio"
+    step, x, share = self.left
+    predicted = None if kept is None else rows_like(kept[0], x)
+    if predicted is not None: v = velocity_of_kept(x, share, predicted, kept[1], flow)
+    elif after.shape == x.shape: v = velocity_between(x, share, after, share_after, flow)
+    else: return
+    self.known = [(s, w) for s, w in self.known if w.shape == v.shape][-2:] + [(step, v)]
+    if len(self.known) < 3: return
+    steps, velocities = zip(*self.known)
+    ratio = change_ratio(velocities, steps).double().cpu()
+    alike = [r for r in self.latest if r.shape == ratio.shape]
+    self.latest = [*alike, ratio][-self.memory:]
+    self.ratios[step] = ratio.min().item()
+    self.damping = self.shares()
 
-    def shares(self):
-        "d of each row, one number where all are alike"
-        ratio = torch.stack(self.latest).amin(0)
-        rows = (self.base*ratio.isfinite() + self.trust*ratio.nan_to_num(0., 0., 0.)).clamp(0, 1)    # not finite: reuse
-        return rows[0].item() if bool((rows == rows[0]).all()) else rows
+# %% ../nbs/09_damping.ipynb #43caedbe
+@patch
+def see(self:Steadiness,
+    step:int,      # step of this call
+    sample,        # what the denoiser is given: [rows, …]
+    share:float,   # share of noise in it, or any time that goes with it
+    is_pass:bool,  # whether all blocks will run
+    flow=True,     # see `unscaled`
+    kept=None,     # what a multistep sampler kept of the step before, and whether it is a clean prediction
+):
+    "Take note of a call; after a pass, of where the sampler went from there"
+    due = self.left is not None and self.left[0] == step - 1
+    x = rows_of(sample) if due or is_pass else None                  # most forecast steps need no copy
+    if due and x is not None: self.measure(x, share, flow, kept)
+    self.left = (step, x, share) if is_pass and x is not None else None

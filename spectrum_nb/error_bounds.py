@@ -32,7 +32,7 @@ def truncation_bound(
     rho,           # ρ > 1, parameter of an ellipse that h is analytic in
     size=1.,       # B, bound of |h| on that ellipse
 ):                 # the bound, same shape as `degree`
-    "2Bρ^−M/(ρ−1): how far a function is at most from its Chebyshev sum of degree M on [−1, 1] (Trefethen 2013, theorem 8.2)"
+    "2Bρ^−M/(ρ−1): how far a function is at most from its Chebyshev sum of degree M (Trefethen 2013, theorem 8.2)"
     check_rho(rho)
     rho = np.asarray(rho, dtype=np.float64)
     return 2*size*rho**-np.asarray(degree, dtype=np.float64)/(rho - 1)
@@ -71,9 +71,8 @@ def ridge_bound(
     eps, root = truncation_bound(degree, rho, size), np.sqrt(degree + 1)
     coefficients = size*np.sqrt(1 + 4*(float(rho)**(-2*np.arange(1, degree + 1))).sum())
     gain = min(1/s if s else np.inf, .5/np.sqrt(lam) if lam else np.inf)
-    return RidgeBound(eps,
-                      root*(lam/(s*s + lam) if s or lam else 1.)*coefficients,
-                      root*gain*np.sqrt(len(X))*(eps + noise))
+    shrunk = lam/(s*s + lam) if s or lam else 1.
+    return RidgeBound(eps, root*shrunk*coefficients, root*gain*np.sqrt(len(X))*(eps + noise))
 
 # %% ../nbs/02_error_bounds.ipynb #849a779d
 def ridge_bound_at(
@@ -85,16 +84,17 @@ def ridge_bound_at(
     size:float=1.,  # B, bound of |h| on the ellipse
     noise:float=0., # η, bound of the noise of a pass
 ):                  # RidgeBound at the times asked for
-    "The same bound with nothing estimated by norms: ε + B|β_0| + Σ_m 2Bρ^−m|β_m| + ‖a‖₁(ε + η), β = λφA⁻¹; a `ValueError` for λ = 0 and K ≤ M"
+    "The bound without norms: ε + B|β_0| + Σ_m 2Bρ^−m|β_m| + ‖a‖₁(ε + η), β = λφA⁻¹; an error for λ = 0 and K ≤ M"
     check_case(tau, lam, noise)
     X, phi, P = basis(tau, degree), basis(tau_next, degree), degree + 1
     if lam == 0 and len(X) < P:
-        raise ValueError(
-            f'lam=0 leaves degree {degree} undetermined by {len(X)} passes: use lam > 0 or at least {P} passes')
+        raise ValueError(f'lam=0 leaves degree {degree} undetermined by {len(X)} passes: '
+                         f'use lam > 0 or at least {P} passes')
     # [P, K + P]: makes a of values, and β/√λ of the penalty's rows
     inverse = np.linalg.pinv(np.vstack([X, np.sqrt(lam)*np.eye(P)]))
     a, beta = phi @ inverse[:, :len(X)], np.sqrt(lam)*(phi @ inverse[:, len(X):])
-    eps, largest = truncation_bound(degree, rho, size), size*np.where(np.arange(P) == 0, 1, 2)*float(rho)**-np.arange(P)
+    eps, m = truncation_bound(degree, rho, size), np.arange(P)
+    largest = size*np.where(m == 0, 1, 2)*float(rho)**-m
     return RidgeBound(eps + 0*beta[..., 0], np.abs(beta) @ largest, np.abs(a).sum(-1)*(eps + noise))
 
 # %% ../nbs/02_error_bounds.ipynb #4785d35d
@@ -114,7 +114,7 @@ def worst_case(
     tau_next,     # time of the forecast, or [R] times
     rho:float,    # ρ > 1
 ):                # the largest error over all h with ‖h‖_ρ ≤ 1; a number or [R]
-    "Exact worst case of any weighted sum over the functions whose mean square on the Bernstein ellipse of ρ is at most 1"
+    "Exact worst case of a weighted sum over functions whose mean square on the Bernstein ellipse of ρ is at most 1"
     check_rho(rho)
     n = int(np.ceil(np.log(2e9/(1 - 1/rho))/np.log(rho))) + 1            # the rest is below 1e-9 of 1 + ‖a‖₁
     u = basis(tau_next, n - 1) - np.asarray(weights) @ basis(tau, n - 1)

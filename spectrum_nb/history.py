@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch.nn import functional as F
 
 # %% ../nbs/08_history.ipynb #c44b4caf
@@ -35,7 +36,8 @@ def weighted_sum(
     block = math.gcd(n, BLOCK)
     if block < 64 or not n:                          # an odd number of elements makes no table: copy, convert, multiply
         wide = torch.promote_types(features.dtype, torch.float32)
-        return torch.mv(features.reshape(K, n).to(wide).T, weights.to(wide)).to(features.dtype).view(features.shape[1:])
+        total = torch.mv(features.reshape(K, n).to(wide).T, weights.to(wide))
+        return total.to(features.dtype).view(features.shape[1:])
     parts, n_blocks = in_two(weights, features.dtype), n//block
     bags = torch.arange(K*n_blocks, device=features.device).view(K, n_blocks).T
     if len(parts) > K: bags = torch.cat([bags, bags], dim=1)                 # of weights in two parts
@@ -48,67 +50,85 @@ class History:
     "The features of one run and one context that later steps of its plan will read"
     def __init__(self,
         plan,           # the Plan of the run
-        device='same',  # where features are kept: `'same'`, where they were made, or `'cpu'`, pinned where a GPU made them
-    ): self.plan, self.device, self.buffer, self.slots, self.filled, self.home = plan, device, None, {}, 0, None
-
-    def store(self,
-        step:int,  # the pass that made it
-        feature,   # tensor; copied, without its gradient
+        device='same',  # where they are kept: `'same'`, where they were made, or `'cpu'`, pinned where a GPU made them
     ):
-        "Keep `feature` until its last use; features nobody will read again make room"
-        last_use = self.plan.last_use
-        self.slots = {s: slot for s, slot in self.slots.items() if last_use[s] > step}
-        if last_use[step] <= step: return
-        feature = feature.detach()
-        if self.buffer is not None and (feature.shape, feature.dtype) != (self.buffer.shape[1:], self.buffer.dtype):
-            raise ValueError(
-                f'a feature of shape {tuple(feature.shape)}, {feature.dtype} does not fit a history of '
-                f'{tuple(self.buffer.shape[1:])}, {self.buffer.dtype}'
-            )
-        if self.buffer is None:
-            self.home, away = feature.device, self.device == 'cpu' and feature.device.type != 'cpu'
-            self.buffer = torch.empty((self.plan.capacity, *feature.shape), dtype=feature.dtype,
-                                      device='cpu' if away else self.home, pin_memory=away)
-        slot = next(s for s in range(self.plan.capacity) if s not in self.slots.values())
-        self.buffer[slot].copy_(feature)
-        self.slots[step], self.filled = slot, max(self.filled, slot + 1)
-
-    def widened(self,
-        dtype,  # in which a feature is without loss
-    ):          # dtype of the history from now on
-        "The wider of the history's precision and `dtype`: what is kept is converted where that is the latter"
-        if self.buffer is None: return dtype
-        if torch.promote_types(self.buffer.dtype, dtype) != self.buffer.dtype: self.buffer = self.buffer.to(dtype)
-        return self.buffer.dtype
-
-    def forecast(self,
-        weights,  # [n] row of the plan's weights or checks
-    ):            # the weighted sum, or None if a pass that it needs is not here
-        "The feature that a row of the plan makes from the stored ones"
-        steps = weights.nonzero()[0].tolist()
-        if not steps or not self.slots.keys() >= set(steps): return None
-        row = np.zeros(self.filled)
-        for s in steps: row[self.slots[s]] = weights[s]
-        # one feature travels, however many are kept
-        return weighted_sum(self.buffer[:self.filled], row).to(self.home)
-
-    def damped(self,
-        weights,  # [n] row of the plan's weights or checks
-        slope,    # [n] the same row of its slopes
-        damping,  # d: one number for all rows of the denoiser's batch, or [rows]
-    ):            # weights + d·slope, summed, or None if a pass that it needs is not here
-        "The feature of a row whose share of the line was measured: one sum where all rows have the same, else two"
-        if isinstance(damping, float): return self.forecast(weights + damping*slope)
-        reused, added = self.forecast(weights), self.forecast(slope)
-        if reused is None or added is None: return None
-        d = damping.to(reused.device, torch.promote_types(reused.dtype, torch.float32))
-        if len(reused) % len(d):
-            d = d.min().repeat(len(reused))          # rows of the feature are not rows of the sample
-        d = d.repeat_interleave(len(reused)//len(d)).view(-1, *[1]*(reused.ndim - 1))
-        return torch.addcmul(reused.to(d.dtype), added.to(d.dtype), d).to(reused.dtype)
+        self.plan, self.device = plan, device
+        self.buffer, self.home = None, None       # [capacity, *feature] tensor; the device that features come from
+        self.slots, self.filled = {}, 0           # {step: its slot}; how many slots were ever used
 
     @property
     def nbytes(self): return 0 if self.buffer is None else self.buffer.nbytes
+
+# %% ../nbs/08_history.ipynb #326699e1
+@patch
+def _make_room(self:History, feature):
+    "Allocate the store at the first feature; a `ValueError` for one that does not fit it"
+    if self.buffer is None:
+        self.home, away = feature.device, self.device == 'cpu' and feature.device.type != 'cpu'
+        self.buffer = torch.empty((self.plan.capacity, *feature.shape), dtype=feature.dtype,
+                                  device='cpu' if away else self.home, pin_memory=away)
+    elif (feature.shape, feature.dtype) != (self.buffer.shape[1:], self.buffer.dtype):
+        raise ValueError(f'a feature of shape {tuple(feature.shape)}, {feature.dtype} does not fit a history of '
+                         f'{tuple(self.buffer.shape[1:])}, {self.buffer.dtype}')
+
+# %% ../nbs/08_history.ipynb #d0096516
+@patch
+def store(self:History,
+    step:int,  # the pass that made it
+    feature,   # tensor; copied, without its gradient
+):
+    "Keep `feature` until its last use; features nobody will read again make room"
+    last_use = self.plan.last_use
+    self.slots = {s: slot for s, slot in self.slots.items() if last_use[s] > step}
+    if last_use[step] <= step: return
+    feature = feature.detach()
+    self._make_room(feature)
+    slot = next(s for s in range(self.plan.capacity) if s not in self.slots.values())
+    self.buffer[slot].copy_(feature)
+    self.slots[step], self.filled = slot, max(self.filled, slot + 1)
+
+# %% ../nbs/08_history.ipynb #c4b65b3a
+@patch
+def forecast(self:History,
+    weights,  # [n] row of the plan's weights or checks
+):            # the weighted sum, or None if a pass that it needs is not here
+    "The feature that a row of the plan makes from the stored ones"
+    steps = weights.nonzero()[0].tolist()
+    if not steps or not self.slots.keys() >= set(steps): return None
+    row = np.zeros(self.filled)
+    for s in steps: row[self.slots[s]] = weights[s]
+    return weighted_sum(self.buffer[:self.filled], row).to(self.home)
+
+# %% ../nbs/08_history.ipynb #227e17bf
+@patch
+def widened(self:History,
+    dtype,  # in which a feature is without loss
+):          # dtype of the history from now on
+    "The wider of the history's precision and `dtype`: what is kept is converted where that is the latter"
+    if self.buffer is None: return dtype
+    if torch.promote_types(self.buffer.dtype, dtype) != self.buffer.dtype: self.buffer = self.buffer.to(dtype)
+    return self.buffer.dtype
+
+# %% ../nbs/08_history.ipynb #aa89cee5
+def _shares_for(feature, damping):
+    "Shares of the rows of a sample as a column for the rows of a feature, in float32 at least"
+    d = damping.to(feature.device, torch.promote_types(feature.dtype, torch.float32))
+    if len(feature) % len(d): d = d.min().repeat(len(feature))       # rows of the feature are not rows of the sample
+    return d.repeat_interleave(len(feature)//len(d)).view(-1, *[1]*(feature.ndim - 1))
+
+# %% ../nbs/08_history.ipynb #b84e8b33
+@patch
+def damped(self:History,
+    weights,  # [n] row of the plan's weights or checks
+    slope,    # [n] the same row of its slopes
+    damping,  # d: one number for all rows of the denoiser's batch, or [rows]
+):            # weights + d·slope, summed, or None if a pass that it needs is not here
+    "The feature of a row whose share of the line was measured: one sum where all rows have the same, else two"
+    if isinstance(damping, float): return self.forecast(weights + damping*slope)
+    reused, added = self.forecast(weights), self.forecast(slope)
+    if reused is None or added is None: return None
+    d = _shares_for(reused, damping)
+    return torch.addcmul(reused.to(d.dtype), added.to(d.dtype), d).to(reused.dtype)
 
 # %% ../nbs/08_history.ipynb #fdb58975
 def history_bytes(

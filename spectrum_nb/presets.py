@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from .apply import DENOISERS
 from .checks import check_device
 from .files import read_json
-from .schedule import PowerSpaced
+from .noise_gaps import PowerSpaced
 from .settings import SpectrumConfig
 
 # %% ../nbs/18_presets.ipynb #98a55cbb

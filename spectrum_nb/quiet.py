@@ -27,9 +27,8 @@ def noted(
     said = set()
     def show(message, category, *_):
         words = ' '.join(str(message).split())
-        if not issubclass(category, UserWarning) or issubclass(category,
-                                                               (DeprecationWarning, FutureWarning)) or words in said:
-            return
+        for_developers = issubclass(category, (DeprecationWarning, FutureWarning))
+        if not issubclass(category, UserWarning) or for_developers or words in said: return
         said.add(words)
         print(f'\n{name}: note: {words}', file=sys.stderr)
     with warnings.catch_warnings():

@@ -90,6 +90,18 @@ def stability_limit(
     if beyond[0] == 0: return 0.
     return brentq(lambda z: gap_growth(averages, np.asarray(z)) - 1 - 1e-9, grid[beyond[0] - 1], grid[beyond[0]])
 
+# %% ../nbs/03_stability.ipynb #647422d1
+def _checked_run(W, sigmas, kappa):
+    "(W [n, n], sigmas [n + 1], kappa [n, …]) as float arrays that fit each other, else a `ValueError`"
+    W, sigmas, kappa = np.asarray(W, dtype=np.float64), np.asarray(sigmas, dtype=np.float64), np.asarray(kappa)
+    n = len(W)
+    if W.shape != (n, n): raise ValueError(f'W must be a square matrix [n, n], not of shape {W.shape}')
+    if sigmas.shape != (n + 1,):
+        raise ValueError(f'{n} steps need {n + 1} noise levels, one of them after the last step; not {sigmas.shape}')
+    if kappa.ndim < 2: kappa = np.broadcast_to(kappa, (n, *kappa.shape))
+    if len(kappa) != n: raise ValueError(f'a κ that changes along the run has {n} rows, one a step, not {len(kappa)}')
+    return W, sigmas, kappa
+
 # %% ../nbs/03_stability.ipynb #cd3d27c2
 def run_on_test_equation(
     W,            # [n, n] weights of a plan, lower triangular; the identity is the full run
@@ -100,14 +112,7 @@ def run_on_test_equation(
     start=1.,     # x at the first noise level, a number or [B]
 ):                # x after the last step, a number or [B]
     "Euler's method under a plan on dx/dσ = κ·x/(σ + offset) + p: n×n arithmetic, for many κ at once"
-    W, sigmas = np.asarray(W, dtype=np.float64), np.asarray(sigmas, dtype=np.float64)
-    n = len(W)
-    if W.shape != (n, n): raise ValueError(f'W must be a square matrix [n, n], not of shape {W.shape}')
-    if sigmas.shape != (n + 1,):
-        raise ValueError(f'{n} steps need {n + 1} noise levels, one of them after the last step; not {sigmas.shape}')
-    kappa = np.asarray(kappa)
-    if kappa.ndim < 2: kappa = np.broadcast_to(kappa, (n, *kappa.shape))
-    if len(kappa) != n: raise ValueError(f'a κ that changes along the run has {n} rows, one a step, not {len(kappa)}')
+    W, sigmas, kappa = _checked_run(W, sigmas, kappa)
     slope = kappa/np.expand_dims(sigmas[:-1] + offset, tuple(range(1, kappa.ndim)))
     push = np.broadcast_to(push, slope.shape)
     x = np.broadcast_to(start, slope.shape[1:])

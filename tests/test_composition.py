@@ -23,9 +23,10 @@ from spectrum_nb.clock import levels_of
 from spectrum_nb.forecast import DampedLine, Newton
 from spectrum_nb.hook import SpectrumHook
 from spectrum_nb.lab.captions import held_captions
+from spectrum_nb.noise_gaps import NoiseSpaced
 from spectrum_nb.plan import Plan, make_plan
 from spectrum_nb.presets import call_defaults, load_pipeline
-from spectrum_nb.schedule import Even, Listed, NoiseSpaced
+from spectrum_nb.schedule import Even, Listed
 from spectrum_nb.settings import SpectrumConfig
 
 N = 14

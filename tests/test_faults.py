@@ -36,12 +36,13 @@ from spectrum_nb.forecast import Blend, Chebyshev, DampedLine, Newton, SteadyLin
 from spectrum_nb.history import History
 from spectrum_nb.hook import SpectrumHook
 from spectrum_nb.lab.tiny import fit, save_pipeline
+from spectrum_nb.noise_gaps import SCHEDULES, NoiseQuantiles
 from spectrum_nb.plan import Plan, make_plan
 from spectrum_nb.presets import load_pipeline
 from spectrum_nb.report import RunStats
 from spectrum_nb.run import Run
 from spectrum_nb.runs import read_prompts
-from spectrum_nb.schedule import SCHEDULES, Listed, NoiseQuantiles
+from spectrum_nb.schedule import Listed
 from spectrum_nb.settings import SpectrumConfig
 
 def bug(reason, raises=None):

@@ -22,11 +22,12 @@ from ..clock import levels_of
 from ..forecast import Blend, newton_weights, ridge_weights
 from .captions import held_captions, quality
 from ..metrics import fidelity
+from ..noise_gaps import NoiseSpaced, noise_shares
 from ..plan import make_plan, plan_from
 from ..presets import call_defaults, load_pipeline
 from ..report import passes_of
 from ..samplers import second_order
-from ..schedule import Even, Growing, NoiseSpaced, noise_shares
+from ..schedule import Even, Growing
 from ..settings import SpectrumConfig
 
 # %% ../../nbs/49_ablations.ipynb #58bef082

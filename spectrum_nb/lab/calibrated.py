@@ -23,10 +23,11 @@ from ..forecast import FORECASTERS, Blend
 from .captions import held_captions, quality, seen_captions
 from .rivals import summary
 from ..methods import Method, run_methods
+from ..noise_gaps import NoiseSpaced
 from ..plan import make_plan, plan_from, taylor_plan
 from ..presets import call_defaults, load_pipeline
 from ..samplers import second_order
-from ..schedule import Even, NoiseSpaced, alpha_for_passes, spaced_passes
+from ..schedule import Even, alpha_for_passes, spaced_passes
 from ..settings import SpectrumConfig, config_for_passes
 from ..trials import relative_distance, try_plans
 

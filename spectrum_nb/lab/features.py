@@ -17,9 +17,9 @@ from ..forecast import FORECASTERS
 from .ablations import BASES, axis_times
 from .captions import held_captions
 from ..metrics import still
+from ..noise_gaps import NoiseSpaced
 from ..plan import Plan, make_plan
 from ..presets import call_defaults, load_pipeline
-from ..schedule import NoiseSpaced
 from ..settings import SpectrumConfig
 
 # %% ../../nbs/51_features.ipynb #b825a386

@@ -24,10 +24,11 @@ from .clips import clip_agreement
 from .shapes import caption_agreement, half_caption
 from ..methods import Method
 from ..metrics import fidelity
+from ..noise_gaps import NoiseQuantiles, NoiseSpaced, PowerSpaced
 from ..plan import make_plan, plan_from
 from ..presets import TINY, call_defaults, find_preset, load_pipeline
 from ..samplers import sampled_by, second_order
-from ..schedule import Even, Growing, NoiseQuantiles, NoiseSpaced, PowerSpaced
+from ..schedule import Even, Growing
 from ..settings import SpectrumConfig, config_for_passes, growing_for
 
 # %% ../../nbs/50_hard.ipynb #b8973643

@@ -31,9 +31,9 @@ from ..files import first_line
 from ..forecast import Blend
 from .captions import held_captions, quality, seen_captions
 from ..methods import step_seconds
+from ..noise_gaps import NoiseSpaced
 from ..presets import call_defaults, load_pipeline
 from ..samplers import second_order
-from ..schedule import NoiseSpaced
 from ..settings import SpectrumConfig
 
 # %% ../../nbs/47_peers.ipynb #d8f7dbca
