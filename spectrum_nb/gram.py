@@ -25,8 +25,8 @@ def gram_weights(
     "The linear forecast of least mean square error"
     known, steps = list(known), list(steps)
     power = np.trace(gram)/len(gram)
-    return np.linalg.solve(gram[np.ix_(known, known)] + shrinkage*power*np.eye(len(known)), gram[np.ix_(known,
-                                                                                                        steps)]).T
+    among, across = gram[np.ix_(known, known)], gram[np.ix_(known, steps)]
+    return np.linalg.solve(among + shrinkage*power*np.eye(len(known)), across).T
 
 # %% ../nbs/37_gram.ipynb #1119d937
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,9 @@ def choose_shrinkage(
     budgets=(8, 14), # numbers of passes, evenly spaced, for which it is to be good
     slack=1.05,      # error allowed, in units of the least
 ):                   # ε
-    "The largest ε in SHRINKAGE whose weights, fitted without a prompt, forecast that prompt nearly as well as the best ε does; 1e-4 for a single prompt"
+    """The largest ε in SHRINKAGE that is good enough for a prompt that was left out.
+
+    Weights fitted without a prompt forecast that prompt nearly as well as with the best ε. 1e-4 for a single prompt."""
     grams = np.mean(list(hidden.values()), 0)
     if len(grams) < 2: return 1e-4
     n, scores = grams.shape[-1], dict.fromkeys(SHRINKAGE, 0.)
