@@ -9,6 +9,7 @@ __all__ = ['BASES', 'EMBEDDERS', 'FACTORS', 'with_settings', 'with_passes', 'axi
 # %% ../../nbs/49_ablations.ipynb #8cbfdd11
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -56,9 +57,10 @@ def with_passes(
     n_steps:int,  # steps of the run
     **changes,    # of other settings
 ):                # SpectrumConfig
-    "The config with other settings and so many passes; of the growing window, the growth that comes nearest to the number, and then nearest to its own"
+    "The config with other settings and so many passes; a growing window gets the growth that comes nearest to them"
     if not isinstance(config.schedule, Growing): return with_settings(config, n_passes=n_passes, **changes)
     grown = [with_settings(config, alpha=a, **changes) for a in np.round(np.arange(0, 30, .05), 2).tolist()]
+    # of several growths with as many passes, the one nearest to the config's own
     def off(c): return abs(len(c.passes(n_steps)) - n_passes), abs(c.schedule.alpha - config.schedule.alpha)
     return min(grown, key=off)
 
@@ -154,6 +156,47 @@ class Variant:
 FACTORS = ('degree', 'lam', 'blend', 'alpha', 'window', 'warmup', 'places', 'power', 'last', 'axis', 'feature',
            'design', 'steps', 'guidance', 'scheduler', 'rival')
 
+# %% ../../nbs/49_ablations.ipynb #d0864647
+def _of_the_formula(config, sigmas):
+    "{factor: [(value, config or plan)]}: degree, λ and the axis of time"
+    lams = (0.,)*isinstance(config.schedule, Growing) + (1e-4, 1e-3, 1e-2, 1., 10.)
+    return dict(
+        degree=[(m, with_settings(config, degree=m)) for m in (1, 2, 3, 6, 8)],
+        lam=[(x, with_settings(config, lam=x)) for x in lams],
+        axis=[(a, axis_plan(config, sigmas, a)) for a in ('sigma', 'log-snr')])
+
+# %% ../../nbs/49_ablations.ipynb #1bd85e65
+def _of_the_plan(config, sigmas, alphas=()):
+    "{factor: [(value, config or plan)]}: precision, blend and where the passes are"
+    n, own, growing = len(sigmas) - 1, config.forecaster, isinstance(config.schedule, Growing)
+    k = len(config.passes(n, sigmas))
+    def change(**changes): return with_settings(config, **changes)
+    def same(**changes): return with_passes(config, k, n, **changes)
+    elsewhere = dict(fixed=Even(k, warmup=5, last=0), even=Even(k), noise=NoiseSpaced(k))
+    return dict(
+        design=[('bfloat16', rounded_plan(config, n, sigmas, torch.bfloat16))],
+        blend=[(w, change(blend=w)) for w in (0., .15, .5, .75, 1.) if w != own.w],
+        alpha=[(a, change(alpha=a)) for a in alphas],
+        window=[(x, same(window=float(x))) for x in (3, 4) if growing],
+        warmup=[(x, same(warmup=x)) for x in ((1, 2, 3) if growing else (2, 3, 5))],
+        places=[(p, SpectrumConfig(schedule, own)) for p, schedule in elsewhere.items() if growing],
+        power=[(q, change(power=q)) for q in (0., .25, .75, 1.) if not growing],
+        last=[(x, same(last=x)) for x in (0, 1, 2) if x != config.schedule.last])
+
+# %% ../../nbs/49_ablations.ipynb #379fd60b
+def _of_the_run(base, config, sigmas):
+    "{factor: [Variant]}: what is no setting of the plan"
+    n = len(sigmas) - 1
+    k = len(config.passes(n, sigmas))
+    def with_steps(s): return Variant('steps', s, base, with_passes(config, round(k*s/n), s), n_steps=s)
+    return dict(
+        feature=[Variant('feature', 'output', base, config, 'output'),
+                 Variant('feature', 'residual', base, make_plan(config, n, sigmas), 'residual')],
+        steps=[with_steps(s) for s in (20, 28, 100)],
+        guidance=[Variant('guidance', g, base, config, guidance=g) for g in (1., 1.5, 5.)],
+        scheduler=[Variant('scheduler', 'other', base, config, scheduler='other')],
+        rival=[Variant('rival', s, base, None, n_steps=k, scheduler=s) for s in ('own', 'other')])
+
 # %% ../../nbs/49_ablations.ipynb #03449291
 def variants(
     sigmas,            # [51] noise levels of the own scheduler
@@ -161,41 +204,17 @@ def variants(
     bases=tuple(BASES),# likewise
 ):                     # list of Variant; each base before what is changed in it
     "The runs of the table"
-    out, n = [], len(sigmas) - 1
+    out = []
     for base in bases:
-        config = BASES[base]
-        k, window, own = len(config.passes(n, sigmas)), isinstance(config.schedule, Growing), config.forecaster
-        change = lambda **c: with_settings(config, **c)
-        same = lambda **c: with_passes(config, k, n, **c)
-        elsewhere = dict(fixed=Even(k, warmup=5, last=0), even=Even(k), noise=NoiseSpaced(k))
-        plans = dict(
-            degree=[(m, change(degree=m)) for m in (1, 2, 3, 6, 8)],
-            lam=[(x, change(lam=x)) for x in ((0.,) if window else ()) + (1e-4, 1e-3, 1e-2, 1., 10.)],
-            axis=[(a, axis_plan(config, sigmas, a)) for a in ('sigma', 'log-snr')])
-        if base != 'paper 10, w = 1': plans |= dict(
-            design=[('bfloat16', rounded_plan(config, n, sigmas, torch.bfloat16))],
-            blend=[(w, change(blend=w)) for w in (0., .15, .5, .75, 1.) if w != own.w],
-            alpha=[(a, change(alpha=a)) for a in (.25, 1.5, 5.)] if base == 'paper 10' else [],
-            window=[(x, same(window=float(x))) for x in (3, 4)] if window else [],
-            warmup=[(x, same(warmup=x)) for x in ((1, 2, 3) if window else (2, 3, 5))],
-            places=[(p, SpectrumConfig(schedule, own)) for p, schedule in elsewhere.items()] if window else [],
-            power=[] if window else [(q, change(power=q)) for q in (0., .25, .75, 1.)],
-            last=[(x, same(last=x)) for x in (0, 1, 2) if x != config.schedule.last])
-        out += [Variant('base', '', base, config)] + [
-            Variant(f, value, base, plan) for f, changed in plans.items() if f in factors for value, plan in changed
-        ]
-        if base == 'paper 10, w = 1': continue
-        if 'feature' in factors:
-            out += [
-                Variant('feature', 'output', base, config, 'output'),
-                Variant('feature', 'residual', base, make_plan(config, n, sigmas), 'residual')
-            ]
-        if 'steps' in factors:
-            out += [Variant('steps', s, base, with_passes(config, round(k*s/n), s), n_steps=s) for s in (20, 28, 100)]
-        if 'guidance' in factors: out += [Variant('guidance', g, base, config, guidance=g) for g in (1., 1.5, 5.)]
-        if 'scheduler' in factors: out += [Variant('scheduler', 'other', base, config, scheduler='other')]
-        if 'rival' in factors:
-            out += [Variant('rival', s, base, None, n_steps=k, scheduler=s) for s in ('own', 'other')]
+        config, as_published = BASES[base], base == 'paper 10, w = 1'
+        changed, of_the_run = _of_the_formula(config, sigmas), {}
+        if not as_published:
+            changed |= _of_the_plan(config, sigmas, (.25, 1.5, 5.) if base == 'paper 10' else ())
+            of_the_run = _of_the_run(base, config, sigmas)
+        out.append(Variant('base', '', base, config))
+        out += [Variant(factor, value, base, plan) for factor, values in changed.items() if factor in factors
+                for value, plan in values]
+        out += [v for factor, listed in of_the_run.items() if factor in factors for v in listed]
     return out
 
 # %% ../../nbs/49_ablations.ipynb #dc81de52
@@ -206,6 +225,21 @@ def other_scheduler(
     second = second_order(scheduler)
     return FlowMatchEulerDiscreteScheduler(shift=scheduler.config.flow_shift) if second is scheduler else second
 
+# %% ../../nbs/49_ablations.ipynb #df6ad5ee
+def _draw(pipe, prompts, seeds, call, schedulers, n_steps, guidance, scheduler, config=None, feature='hidden'):
+    "Samples and passes of one run"
+    pipe.scheduler = schedulers[scheduler]
+    call = call | ({} if guidance is None else dict(guidance_scale=guidance))
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    given = dict(prompt=prompts, num_inference_steps=n_steps, generator=generators, output_type='np')
+    with ExitStack() as stack:
+        if config:
+            hooked = 'output' if feature == 'output' else 'hidden'
+            run = stack.enter_context(apply_spectrum(pipe, config, feature=hooked, measure=False))
+        if feature == 'residual': stack.enter_context(forecasting_residual(pipe, config))
+        samples = pipe(**given, **call)[0]
+    return samples, len(next(iter(passes_of(run.stats).values()))) if config else n_steps
+
 # %% ../../nbs/49_ablations.ipynb #5cea5c20
 def ablations_bench(
     model:str,        # preset of a tiny model
@@ -213,37 +247,23 @@ def ablations_bench(
     device='cpu',
     factors=FACTORS,  # those that are wanted
     bases=tuple(BASES), # likewise
-):                    # list of rows: factor, value, base, n_steps, passes, PSNR and its spread, gain over the base and its standard error
+):                    # list of rows: what is changed, passes, PSNR and spread, gain over the base and its standard error
     "Every variant on one model: quality against the full run of the same settings"
     pipe = load_pipeline(model, device)
     pipe.set_progress_bar_config(disable=True)
-    call, own, full, base, rows = call_defaults(pipe, model), pipe.scheduler, {}, {}, []
+    call, own = call_defaults(pipe, model), pipe.scheduler
     schedulers = dict(own=own, other=other_scheduler(own))
-    captions, seeds = held_captions(call, n_prompts), range(6000, 6000 + n_prompts)
-    def draw(n_steps, guidance, scheduler, config=None, feature='hidden'):
-        "Samples and passes of one run"
-        pipe.scheduler = schedulers[scheduler]
-        with ExitStack() as stack:
-            run = stack.enter_context(
-                apply_spectrum(pipe, config, feature='output' if feature == 'output' else 'hidden',
-                               measure=False)) if config else None
-            if feature == 'residual': stack.enter_context(forecasting_residual(pipe, config))
-            samples = pipe(prompt=captions, num_inference_steps=n_steps,
-                           generator=[torch.Generator().manual_seed(s) for s in seeds], output_type='np',
-                           **call | ({} if guidance is None else dict(guidance_scale=guidance)))[0]
-        return samples, len(next(iter(passes_of(run.stats).values()))) if run else n_steps
-    full[50, None, 'own'] = draw(50, None, 'own')[0]
+    draw = partial(_draw, pipe, held_captions(call, n_prompts), range(6000, 6000 + n_prompts), call, schedulers)
+    full, base, rows = {(50, None, 'own'): draw(50, None, 'own')[0]}, {}, []
     for v in tqdm(variants(levels_of(own), factors, bases), desc=model):
         setting = (v.n_steps, v.guidance, v.scheduler) if v.config else (50, None, 'own')
         if setting not in full: full[setting] = draw(*setting)[0]
         samples, passes = draw(v.n_steps, v.guidance, v.scheduler, v.config, v.feature)
         db = np.array([fidelity(a, b)['psnr'] for a, b in zip(samples, full[setting])])
         if v.factor == 'base': base[v.base] = db
-        gain, value = db - base[v.base], type(schedulers[v.scheduler]).__name__ if v.factor in ('scheduler',
-                                                                                                'rival') else v.value
-        scores = {
-            k: round(float(x), 4) for k, x in (quality(samples, full[setting])
-                                               | dict(gain=gain.mean(), gain_error=gain.std()/n_prompts**.5)).items()
-        }
-        rows.append(dict(factor=v.factor, value=value, base=v.base, n_steps=v.n_steps, passes=passes) | scores)
+        gain = db - base[v.base]
+        scores = quality(samples, full[setting]) | dict(gain=gain.mean(), gain_error=gain.std()/n_prompts**.5)
+        value = type(schedulers[v.scheduler]).__name__ if v.factor in ('scheduler', 'rival') else v.value
+        rows.append(dict(factor=v.factor, value=value, base=v.base, n_steps=v.n_steps, passes=passes)
+                    | {k: round(float(x), 4) for k, x in scores.items()})
     return rows
