@@ -92,7 +92,8 @@ def alone(*args):
         try: return queue.get(timeout=1)
         except Empty:
             if not worker.exitcode: continue
-            raise RuntimeError(f'measuring {args[0]!r} ended with exit code {worker.exitcode}; was there enough memory?')
+            code = worker.exitcode
+            raise RuntimeError(f'measuring {args[0]!r} ended with exit code {code}; was there enough memory?')
 
 # %% ../../nbs/43_bench.ipynb #bf23367a
 def forecast_bench(
@@ -196,7 +197,8 @@ def _last_call(denoiser, head, run):
     seen = {}
     def see_call(module, args, kwargs): seen['call'] = args, kwargs
     def see_feature(module, args): seen['feature'] = args[0]
-    watch = [denoiser.register_forward_pre_hook(see_call, with_kwargs=True), head.register_forward_pre_hook(see_feature)]
+    watch = [denoiser.register_forward_pre_hook(see_call, with_kwargs=True),
+             head.register_forward_pre_hook(see_feature)]
     try: run(2)
     finally: [w.remove() for w in watch]
     return seen['call'], seen['feature']

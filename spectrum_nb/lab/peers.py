@@ -47,7 +47,7 @@ TAYLOR_SWEEP = [
     dict(interval=6, start=3, order=2),
     dict(interval=4, start=1, order=1, last=True),
     dict(interval=6, start=1, order=1, last=True)]
-SWEEPS = [    # a row a rival, its family and its settings; a family's boldest first: if that skips nothing, it is left out
+SWEEPS = [    # a row a rival: family and settings; the boldest first, since a family ends where that skips nothing
     ('TaylorSeer', dict(what='attentions', interval=5, start=3, order=1)),
     *[('TaylorSeer', dict(what='attentions and feeds') | row) for row in TAYLOR_SWEEP],
     *[('TaylorSeer', dict(what='output') | row) for row in TAYLOR_SWEEP],
@@ -199,7 +199,7 @@ def peers_bench(
     n_steps:int=50,   # steps of the full run
     make=all_peers,   # function of (pipe, model, call, n_steps) that lists the peers
 ):                    # list of rows
-    "Every peer on one model: cost in full-pass equivalents, seconds in those of a full step, quality; or why it refused"
+    "Every peer on one model: full-pass equivalents, seconds in those of a full step, quality; or why it was refused"
     pipe = _quiet(model, device)
     call = call_defaults(pipe, model)
     run = partial(judge, prompts=held_captions(call, n_prompts), seeds=range(5000, 5000 + n_prompts), call=call)
@@ -213,10 +213,10 @@ def peers_bench(
         row, first = dict(family=peer.family, settings=peer.settings), peer.family not in {r['family'] for r in rows}
         own = _quiet(model, device) if peer.own_pipe else pipe
         try:
-            row |= _measured(run, pipe, own, peer, full, n_steps, sum(operations))
-            if first and row['cost'] >= n_steps: raise ValueError('every step ran in full')
+            measured = _measured(run, pipe, own, peer, full, n_steps, sum(operations))
+            if first and measured['cost'] >= n_steps: raise ValueError('every step ran in full')
         except REFUSALS as e:
             refused.add(_refusable(peer))
-            row = dict(family=peer.family, settings=peer.settings, refused=short(e))
-        rows.append(row)
+            measured = dict(refused=short(e))
+        rows.append(row | measured)
     return rows
