@@ -28,7 +28,7 @@ def strip_methods(
     calibration,          # its Calibration
     budgets=(14, 10, 8),  # numbers of passes
 ):                        # list of Method; the first is the full run
-    "The full run; for each budget the paper's schedule, where it has it, the noise rule, a calibrated plan, plain steps"
+    "The full run; for each budget the paper's schedule, where it has it, noise rule, calibrated plan, plain steps"
     n, own, second = calibration.n_steps, pipe.scheduler, second_order(pipe.scheduler)
     methods = [Method('full run', n, None, own)]
     for k in budgets:
