@@ -4,27 +4,22 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'WAYS', 'PUBLISHED', 'strip_methods', 'draw_strips', 'strip_figure', 'differences', 'real_row',
-           'real_table', 'command_lines', 'rehearsal', 'rehearse']
+           'real_table']
 
 # %% ../../nbs/53_images.ipynb #76c3b716
-import json, math, re, shlex, textwrap
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
+import json, textwrap
 from pathlib import Path
 
 import numpy as np
-from fastcore.xtras import working_directory
 from IPython.display import Markdown
 
 from ..calibration import shipped_calibration
-from ..cli import main
 from ..figures import METHODS, in_style, new_figure
 from .calibrated import all_plans
 from .captions import held_captions
 from ..methods import Method, run_methods
 from ..metrics import fidelity, finite_mean, still
 from ..presets import call_defaults, load_pipeline
-from ..runs import finished
 from ..samplers import second_order
 
 # %% ../../nbs/53_images.ipynb #e45774fd
@@ -33,17 +28,15 @@ def strip_methods(
     calibration,          # its Calibration
     budgets=(14, 10, 8),  # numbers of passes
 ):                        # list of Method; the first is the full run
-    "The full run; for each budget the noise rule, the calibrated plan and as many plain steps, of two samplers if the model's own is of first order; the paper's schedule for the budgets it has"
+    "The full run; for each budget the paper's schedule, where it has it, noise rule, calibrated plan, plain steps"
     n, own, second = calibration.n_steps, pipe.scheduler, second_order(pipe.scheduler)
     methods = [Method('full run', n, None, own)]
     for k in budgets:
         plans = all_plans(calibration, k)
         if k >= 10: methods.append(Method('paper', n, plans['paper, w = 0.5'], own))
         methods += [Method(name, n, plans[name], own) for name in ('noise rule', 'calibrated')]
-        methods += [
-            Method('fewer steps', k, None, own),
-            *([Method('UniPC steps', k, None, second)] if second is not own else [])
-        ]
+        methods.append(Method('fewer steps', k, None, own))
+        if second is not own: methods.append(Method('UniPC steps', k, None, second))
     return methods
 
 # %% ../../nbs/53_images.ipynb #c68640bd
@@ -70,6 +63,18 @@ COLOURS = {
 }
 
 # %% ../../nbs/53_images.ipynb #5b76a73b
+def _sheet(results, frame=None, gap=2):
+    "Samples as columns, methods as rows: ([height, width, 3] picture, tops of its rows, height and width of a sample)"
+    shown = [[still(x) if frame is None or np.ndim(x) == 3 else x[frame] for x in r['samples']] for r in results]
+    height, width = shown[0][0].shape[:2]
+    new_budget = [a['passes'] != b['passes'] for a, b in zip(results, results[1:])]
+    tops = np.cumsum([0, *(height + gap + 3*gap*new for new in new_budget)])
+    sheet = np.ones((tops[-1] + height, len(shown[0])*(width + gap) - gap, 3))
+    for top, row in zip(tops, shown):
+        for k, x in enumerate(row): sheet[top:top + height, k*(width + gap):][:, :width] = x
+    return sheet, tops, height, width
+
+# %% ../../nbs/53_images.ipynb #24ab5936
 @in_style
 def strip_figure(
     results,    # list of dicts: name, passes, psnr, samples
@@ -77,25 +82,20 @@ def strip_figure(
     title=None, # what the figure shows
     frame=None, # of clips, the frame to show; by default the one in the middle
 ):              # figure
-    "Methods as rows, samples as columns, a gap where the number of passes changes; passes and mean PSNR in the right margin"
-    shown = [[still(x) if frame is None or np.ndim(x) == 3 else x[frame] for x in r['samples']] for r in results]
-    (height, width), gap = shown[0][0].shape[:2], 2
-    tops = np.cumsum([0] + [height + gap + 3*gap*(a['passes'] != b['passes']) for a, b in zip(results, results[1:])])
-    sheet = np.ones((tops[-1] + height, len(heads)*(width + gap) - gap, 3))
-    for top, row in zip(tops, shown):
-        for k, x in enumerate(row): sheet[top:top + height, k*(width + gap):][:, :width] = x
+    "Methods as rows, samples as columns; passes and mean PSNR in the right margin"
+    gap = 2
+    sheet, tops, height, width = _sheet(results, frame, gap)
     fig, ax = new_figure(height=5.9*sheet.shape[0]/sheet.shape[1] + .75)
     ax.imshow(sheet, interpolation='nearest')
     ax.axis('off')
     for top, r in zip(tops, results):
-        said = dict(y=top + height/2, va='center', color=METHODS[COLOURS.get(r['name'], 'full')])
-        ax.text(-2*gap, s=r['name'], ha='right', fontsize=7.5, **said)
-        ax.text(sheet.shape[1] + 2*gap,
-                s=f'{r["passes"]} passes' + (f'\n{r["psnr"]:.1f} dB' if np.isfinite(r['psnr']) else ''), fontsize=7,
-                **said)
+        look = dict(y=top + height/2, va='center', color=METHODS[COLOURS.get(r['name'], 'full')])
+        margin = f'{r["passes"]} passes' + (f'\n{r["psnr"]:.1f} dB' if np.isfinite(r['psnr']) else '')
+        ax.text(-2*gap, s=r['name'], ha='right', fontsize=7.5, **look)
+        ax.text(sheet.shape[1] + 2*gap, s=margin, fontsize=7, **look)
     for k, head in enumerate(heads):
-        ax.text(k*(width + gap) + width/2, -gap, '\n'.join(textwrap.wrap(head, 17)), ha='center', va='bottom',
-                fontsize=5.5)
+        words = '\n'.join(textwrap.wrap(head, 17))
+        ax.text(k*(width + gap) + width/2, -gap, words, ha='center', va='bottom', fontsize=5.5)
     if title: fig.suptitle(title, x=.01, ha='left', fontsize=9)
     return fig
 
@@ -106,21 +106,18 @@ def differences(
 ):            # the same with |difference to the first| × factor, cut at 1, in place of all samples but the first's
     "What each method does to the samples, made visible"
     full = results[0]['samples']
-    return [
-        results[0], *[
-            r | dict(samples=[np.clip(factor*np.abs(a - b), 0, 1) for a, b in zip(r['samples'], full)])
-            for r in results[1:]
-        ]
-    ]
+    def off(samples): return [np.clip(factor*np.abs(a - b), 0, 1) for a, b in zip(samples, full)]
+    return [results[0], *(r | dict(samples=off(r['samples'])) for r in results[1:])]
 
 # %% ../../nbs/53_images.ipynb #6a751fc7
 WAYS = [f'{name}-{k}' for name in ('paper', 'default', 'calibrated', 'steps') for k in (14, 10)]
 PUBLISHED = {
-    'flux-paper-14': dict(speedup=3.47, psnr=24.32, ssim=.854,
-                          lpips=.217), 'flux-paper-10': dict(speedup=4.79, psnr=22.21, ssim=.788, lpips=.261),
-    'hunyuan-paper-14': dict(speedup=3.36), 'hunyuan-paper-10': dict(speedup=4.56),
-    'wan14b-paper-14': dict(speedup=3.40, psnr=22.78), 'wan14b-paper-10': dict(speedup=4.67, psnr=21.24)
-}
+    'flux-paper-14': dict(speedup=3.47, psnr=24.32, ssim=.854, lpips=.217),
+    'flux-paper-10': dict(speedup=4.79, psnr=22.21, ssim=.788, lpips=.261),
+    'hunyuan-paper-14': dict(speedup=3.36),
+    'hunyuan-paper-10': dict(speedup=4.56),
+    'wan14b-paper-14': dict(speedup=3.40, psnr=22.78),
+    'wan14b-paper-10': dict(speedup=4.67, psnr=21.24)}
 
 # %% ../../nbs/53_images.ipynb #04ad47d2
 def real_row(
@@ -142,52 +139,12 @@ def real_table(
 ):                         # Markdown
     "What was measured with real checkpoints, and what the paper reports"
     digits = dict(pairs='.0f', passes='.0f', seconds='.2f', speedup='.2f', psnr='.2f', ssim='.3f', lpips='.3f')
-    cells = lambda said, *names: ' | '.join('' if said.get(n) is None else f'{said[n]:{digits[n]}}' for n in names)
-    row = lambda m, way: f'| {m if way == WAYS[0] else ""} | {way} | ' + cells(real_row(
-        f'{m}-{way}', folder), 'pairs', 'passes', 'seconds', 'speedup', 'psnr', 'ssim') + ' | ' + (cells(
-            PUBLISHED.get(f'{m}-{way}', {}), 'speedup', 'psnr', 'ssim', 'lpips')) + ' |'
+    def cells(of, *names): return ' | '.join('' if of.get(n) is None else f'{of[n]:{digits[n]}}' for n in names)
+    def row(model, way):
+        name = f'{model}-{way}'
+        ours = cells(real_row(name, folder), 'pairs', 'passes', 'seconds', 'speedup', 'psnr', 'ssim')
+        published = cells(PUBLISHED.get(name, {}), 'speedup', 'psnr', 'ssim', 'lpips')
+        return f'| {model if way == WAYS[0] else ""} | {way} | {ours} | {published} |'
     return Markdown('\n'.join([
         '| model | | samples | passes | seconds | speed-up | PSNR | SSIM | published: speed-up | PSNR | SSIM | LPIPS |',
-        '|---|---|' + '---:|'*10, *[row(m, way) for m in models for way in WAYS]
-    ]))
-
-# %% ../../nbs/53_images.ipynb #e0f2f3bc
-def command_lines(
-    notebook,  # path of a notebook
-):             # list of str
-    "The lines that begin with `spectrum-nb` in the text blocks of a notebook"
-    cells = json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
-    return [
-        line for c in cells if c['cell_type'] == 'markdown'
-        for block in re.findall(r'^```\w*\n(.*?)^```', ''.join(c['source']), re.S | re.M)
-        for line in block.splitlines() if line.startswith('spectrum-nb ')
-    ]
-
-# %% ../../nbs/53_images.ipynb #5ca90a77
-def rehearsal(
-    line,          # a command line for a real checkpoint, with $M for its name
-    twin,          # tiny model
-    steps:int=12,  # for 50
-):                 # list of words
-    "The same command, small: the twin for the model, two prompts, fewer steps and passes in proportion"
-    words, small = shlex.split(line.replace('$M', twin))[1:], lambda k: str(math.ceil(int(k)*steps/50))
-    for i, word in enumerate(words[:-1]):
-        if word == '--steps': words[i + 1] = small(words[i + 1])
-        if word == '--passes': words[i + 1] = ','.join(map(small, words[i + 1].split(',')))
-    return words + {'run': ['--limit', '2'], 'calibrate': ['--limit', '2', '--trials', '1']}.get(words[0], [])
-
-# %% ../../nbs/53_images.ipynb #738ba2a3
-def rehearse(
-    lines,     # command lines
-    twin,      # tiny model
-    folder,    # where to run them
-):             # list of what each printed
-    "Run command lines small, one after another; an `AssertionError` with its words and its answer for one that fails"
-    said = []
-    with working_directory(folder):
-        for words in (rehearsal(line, twin) for line in lines):
-            out, err = StringIO(), StringIO()
-            with redirect_stdout(out), redirect_stderr(err): code = main(words)
-            assert code == 0, f'spectrum-nb {" ".join(words)}\n{err.getvalue()}'
-            said.append(out.getvalue())
-    return said
+        '|---|---|' + '---:|'*10, *[row(m, way) for m in models for way in WAYS]]))
