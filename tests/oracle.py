@@ -154,7 +154,7 @@ class Oracle:
         run = self.run_of(context)
         i, kind = run['i'], (x.shape, dtype)
         if run['kind'] not in (None, kind):
-            run['why'][i] = 'input'
+            if i: run['why'][i] = 'input'          # where the first call failed there is nothing to say
             self.begin(run, i)
         run['kind'] = kind
         at, planned = i - run['start'], i - run['start'] in run['passes_planned']

@@ -18,10 +18,10 @@ pytestmark = pytest.mark.filterwarnings('ignore')
 
 # Clocks: interrupted runs of any length after one another
 
-# (steps, where it begins, steps cut off at the end, order, branches, where it is interrupted, by a fault in a block)
-runs = st.lists(
-    st.tuples(st.integers(1, 24), st.integers(0, 5), st.integers(0, 4), st.sampled_from([1, 1, 2]), st.integers(1, 3),
-              st.none() | st.integers(0, 30), st.booleans()), min_size=1, max_size=5)
+steps, begins, cuts = st.integers(1, 24), st.integers(0, 5), st.integers(0, 4)      # cut off at the end
+orders, branches = st.sampled_from([1, 1, 2]), st.integers(1, 3)
+stops, by_faults = st.none() | st.integers(0, 30), st.booleans()                    # where it is interrupted, and how
+runs = st.lists(st.tuples(steps, begins, cuts, orders, branches, stops, by_faults), min_size=1, max_size=5)
 
 
 def name_of(branch, second, named):

@@ -20,6 +20,7 @@ from toys import N
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
+# The default, and the threshold of these tests
 
 @pytest.mark.parametrize('name', ALL)
 def test_the_default_follows_the_noise_levels(name):

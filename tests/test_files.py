@@ -19,7 +19,7 @@ from profiles import examples
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
-# Files
+# Files of samples, runs, prompts and trainings
 
 def write_note(folder, name, **changes):
     "The note of a sample, with these entries in place of the usual ones"

@@ -14,7 +14,7 @@ from commands import assert_refused, run_command
 pytestmark = pytest.mark.filterwarnings('ignore')
 WEIGHTS = Path(spectrum_nb.__file__).parent/'weights'
 
-# Files
+# Files of models
 
 @pytest.fixture
 def model(tmp_path):
