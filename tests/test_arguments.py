@@ -5,11 +5,11 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import pytest
-import spectrum_nb
 import torch
 from PIL import Image
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 
+import spectrum_nb
 from spectrum_nb.calibrate import record
 from spectrum_nb.cli import sample
 from spectrum_nb.runs import all_jobs, make_sample, sample_all

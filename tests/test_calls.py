@@ -10,9 +10,9 @@ from spectrum_nb.apply import apply_spectrum
 from spectrum_nb.plan import make_plan
 from spectrum_nb.presets import call_defaults
 
-from four_runs import ALL, NEAR, ONE, PLAN, captions, check_four_runs, followed, load_tiny, nearly_equal, traces
+from four_runs import (ALL, N, NEAR, ONE, PAPER, PLAN, captions, check_four_runs, followed, load_tiny, nearly_equal,
+                       traces)
 from pipelines import relative
-from toys import N, PAPER
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 

@@ -5,8 +5,7 @@ import torch
 from spectrum_nb.anatomy import blocks_of
 from spectrum_nb.apply import apply_spectrum
 
-from four_runs import ALL, ONE, TWO, compiling, followed, load_tiny, nearly_equal
-from toys import PAPER
+from four_runs import ALL, ONE, PAPER, TWO, compiling, followed, load_tiny, nearly_equal
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 

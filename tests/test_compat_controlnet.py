@@ -10,9 +10,8 @@ from torch import nn
 from spectrum_nb.anatomy import count_calls
 from spectrum_nb.apply import apply_spectrum
 
-from four_runs import PLAN, TWO, captions, check_four_runs, followed, load_tiny, sampler
+from four_runs import N, PAPER, PLAN, TWO, captions, check_four_runs, followed, load_tiny, sampler
 from pipelines import picture, quiet, relative
-from toys import N, PAPER
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 

@@ -6,9 +6,8 @@ from spectrum_nb.anatomy import blocks_of, count_calls
 from spectrum_nb.apply import apply_spectrum
 from spectrum_nb.plan import make_plan
 
-from four_runs import ALL, NEAR, ONE, TWO, check_four_runs, compiling, followed, load_tiny
+from four_runs import ALL, N, NEAR, ONE, PAPER, TWO, check_four_runs, compiling, followed, load_tiny
 from pipelines import random_lora, relative
-from toys import N, PAPER
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 

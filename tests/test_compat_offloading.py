@@ -11,9 +11,8 @@ from torch import nn
 from spectrum_nb.anatomy import blocks_of, count_calls, find_anatomy
 from spectrum_nb.apply import apply_spectrum
 
-from four_runs import NEAR, PLAN, TWO, check_applied_first, check_four_runs, denoiser_of, followed, load_tiny
+from four_runs import N, NEAR, PAPER, PLAN, TWO, check_applied_first, check_four_runs, denoiser_of, followed, load_tiny
 from pipelines import random_lora, relative
-from toys import N, PAPER
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 

@@ -9,9 +9,8 @@ import torch
 
 from spectrum_nb.apply import apply_spectrum
 
-from four_runs import ONE, PLAN, load_tiny, nearly_equal
+from four_runs import N, ONE, PAPER, PLAN, load_tiny, nearly_equal
 from pipelines import random_lora, relative
-from toys import N, PAPER
 from two_processes import KINDS, REFUSED, call_of_rank, own_loop
 
 pytestmark = pytest.mark.filterwarnings('ignore')

@@ -14,9 +14,8 @@ from spectrum_nb.presets import call_defaults
 from spectrum_nb.schedule import Even, Listed, NoiseSpaced
 from spectrum_nb.settings import SpectrumConfig
 
-from four_runs import ALL, NEAR, PLAN, captions, check_four_runs, followed, load_tiny, traces
+from four_runs import ALL, N, NEAR, PLAN, captions, check_four_runs, followed, load_tiny, traces
 from pipelines import relative
-from toys import N
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 

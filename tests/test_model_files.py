@@ -6,8 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import spectrum_nb
 import torch
+
+import spectrum_nb
 
 from commands import assert_refused, run_command
 

@@ -7,9 +7,8 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from spectrum_nb.apply import apply_spectrum
 from spectrum_nb.plan import make_plan
 
-from four_runs import ALL, NEAR, ONE, check_applied_first, check_four_runs, followed, load_tiny, nearly_equal
+from four_runs import ALL, N, NEAR, ONE, PAPER, check_applied_first, check_four_runs, followed, load_tiny, nearly_equal
 from pipelines import relative
-from toys import N, PAPER
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 

@@ -18,9 +18,8 @@ from spectrum_nb.lab.captions import held_captions
 from spectrum_nb.lab.flux import flux_embeds, flux_velocity
 from spectrum_nb.settings import SpectrumConfig
 
-from four_runs import ONE, load_tiny
+from four_runs import N, ONE, PAPER, load_tiny
 from pipelines import random_lora
-from toys import N, PAPER
 
 KINDS = 'ddp', 'ddp wrapper', 'fsdp', 'fsdp prefetch', 'fsdp lora', 'ulysses', 'ulysses after', 'ulysses wan'
 REFUSED = {'ring': 'does not support return_lse', 'tensor parallel': "not supported on device type 'cpu'"}
