@@ -27,9 +27,15 @@ setup(
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']),
     package_data={cfg['lib_name']: ['weights/**/*']},
     install_requires=shlex.split(cfg['requirements']),
-    extras_require={'dev': shlex.split(cfg['dev_requirements']), 'peers': shlex.split(cfg['peers_requirements'])},
-    # peers: the cache of others that the page peers compares with
-    entry_points={'console_scripts': shlex.split(cfg['console_scripts']), 'nbdev': [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
+    extras_require={
+        'dev': shlex.split(cfg['dev_requirements']),
+        # the cache of others that the page peers compares with
+        'peers': shlex.split(cfg['peers_requirements']),
+    },
+    entry_points={
+        'console_scripts': shlex.split(cfg['console_scripts']),
+        'nbdev': [f'{cfg["lib_name"]}={cfg["lib_path"]}._modidx:d'],
+    },
     cmdclass={'sdist': Sdist},
     zip_safe=False,
 )

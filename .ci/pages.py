@@ -108,7 +108,7 @@ class WithFields(BasicMarkdownRenderer):
 
 
 def written(node):
-    "A title as it stands in the code: its text, with … where a number is put in when it is drawn; None for a variable"
+    "A title as it stands in the code: its text, with … for a number that is put in later; None for a variable"
     if isinstance(node, ast.Constant) and isinstance(node.value, str): return node.value
     if isinstance(node, ast.JoinedStr):
         text = ''.join(part.value if isinstance(part, ast.Constant) else '…' for part in node.values)

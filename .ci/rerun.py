@@ -1,5 +1,8 @@
 "Execute notebooks and save their outputs; by default all, without the cells flagged notest, slow or cuda"
-import argparse, os, subprocess, sys
+import argparse
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 from execnb.nbio import read_nb, write_nb
@@ -47,8 +50,8 @@ if __name__ == '__main__':
     parser.add_argument('--slow', action='store_true',
                         help='run the cells flagged slow, too: they write the saved results anew')
     args = parser.parse_args()
-    paths = [p.resolve()
-             for p in args.notebooks] or sorted(get_config(path=Path(__file__).parent).nbs_path.glob('*.ipynb'))
+    given = [p.resolve() for p in args.notebooks]
+    paths = given or sorted(get_config(path=Path(__file__).parent).nbs_path.glob('*.ipynb'))
     if len(paths) == 1: rerun(paths[0], SKIP - {'slow'} if args.slow else SKIP)
     else:
         for path in paths:      # each in a process of its own, so that no notebook feels those before it

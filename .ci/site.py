@@ -73,8 +73,8 @@ def process_notebooks():
 def name_pages():
     "Prepare what is in _proc for smalldocs, under the names that the pages have; {name here: name in nbs/}"
     names = {p.name: re.sub(r'^\d+\w?_', '', p.name) for p in proc.glob('*.ipynb')}
-    config = yaml.safe_load(
-        re.sub(r'\w+\.ipynb', lambda m: names.get(m[0], m[0]), (root/'_quarto.yml').read_text(encoding='utf-8')))
+    settings = (root/'_quarto.yml').read_text(encoding='utf-8')
+    config = yaml.safe_load(re.sub(r'\w+\.ipynb', lambda m: names.get(m[0], m[0]), settings))
     bibliography = parse_file(proc/config.pop('bibliography'))
     for old, new in names.items():
         # for Quarto alone: here the file has that name
@@ -85,9 +85,9 @@ def name_pages():
         (proc/new).write_text(json.dumps(page), encoding='utf-8')
     ours = yaml.safe_load((root/'nbs/nbdev.yml').read_text(encoding='utf-8'))
     config['website'] = ours['website'] | config['website']
-    for quarto_only in (config.pop('execute'), config.pop('link-citations'),
-                        config['format']['html'].pop('html-math-method')):
-        assert quarto_only     # nothing runs; citations and maths are done here
+    # for Quarto alone: nothing runs here, citations and maths are done by this file
+    quarto_only = config.pop('execute'), config.pop('link-citations'), config['format']['html'].pop('html-math-method')
+    assert all(quarto_only)
     (proc/'_quarto.yml').write_text(yaml.safe_dump(config, sort_keys=False), encoding='utf-8')
     return {new: old for old, new in names.items()}
 
@@ -140,10 +140,9 @@ def broken_links():
             if not to.exists(): found.append(f'{page.name} -> {target}')
             elif url.fragment and to in pages and unquote(url.fragment) not in pages[to].ids:
                 found.append(f'{page.name} -> {target} (no such place)')
-    found += [
-        f'{sheet.name} imports {u}' for sheet in docs.rglob('*.css')
-        for u in re.findall(r'@import[^;]*https?:[^;]*', sheet.read_text(encoding='utf-8'))
-    ]
+    for sheet in docs.rglob('*.css'):
+        fetched = re.findall(r'@import[^;]*https?:[^;]*', sheet.read_text(encoding='utf-8'))
+        found += [f'{sheet.name} imports {address}' for address in fetched]
     return sorted(set(found))
 
 

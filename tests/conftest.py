@@ -1,10 +1,12 @@
-"One thread for each of the processes that share the tests, and a last line that says what was left out"
+"One thread for each of the processes that share the tests, pipelines for them, and a last line of what was left out"
 import os
 
 import pytest
 
 # before torch is imported
+os.environ['HF_HUB_OFFLINE'] = '1'
 if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')
+pytest.register_assert_rewrite('commands', 'four_runs', 'oracle')
 
 
 class LeftOut:
@@ -28,3 +30,21 @@ class LeftOut:
 
 
 def pytest_configure(config): config.pluginmanager.register(LeftOut())
+
+
+@pytest.fixture(scope='module')
+def flux():
+    from pipelines import tiny_pipeline
+    return tiny_pipeline('tiny-flux')
+
+
+@pytest.fixture(scope='module')
+def sdxl():
+    from pipelines import tiny_pipeline
+    return tiny_pipeline('tiny-sdxl')
+
+
+@pytest.fixture(scope='module')
+def two_pipes():
+    from pipelines import tiny_pipeline
+    return [tiny_pipeline('tiny-flux')[0] for _ in range(2)]

@@ -1,4 +1,4 @@
-"The built site as a reader meets it: every page opened in a headless Chromium, offline, in light and dark, on a desk and on a phone"
+"The built site in a headless Chromium, as a reader meets it: offline, in light and dark, on a desk and on a phone"
 import ast
 import functools
 import html
@@ -21,9 +21,8 @@ from spectrum_nb.settings import SpectrumConfig
 
 pytestmark = pytest.mark.slow
 root = Path(__file__).parents[1]
-CHROMIUM = next(
-    (found for name in ('chromium', 'chromium-browser', 'google-chrome', 'chrome') if (found := shutil.which(name))),
-    None)
+BROWSERS = 'chromium', 'chromium-browser', 'google-chrome', 'chrome'
+CHROMIUM = next((found for name in BROWSERS if (found := shutil.which(name))), None)
 PAGES = {re.sub(r'^\d+\w?_', '', p.stem) + '.html': p.name for p in sorted((root/'nbs').iterdir())
          if p.suffix in ('.ipynb', '.md')}
 NOTEBOOKS = {page: name for page, name in PAGES.items() if name.endswith('.ipynb')}
@@ -49,9 +48,8 @@ def browser(site):
     with sync_playwright() as p:
         path = CHROMIUM or (p.chromium.executable_path if Path(p.chromium.executable_path).exists() else None)
         if not path and os.environ.get('CI'): pytest.fail('no Chromium in continuous integration')
-        if not path:
-            pytest.skip(
-                'no Chromium on this machine: install one (apt-get install chromium, or playwright install chromium)')
+        if not path: pytest.skip('no Chromium on this machine: install one (apt-get install chromium, or playwright '
+                                 'install chromium)')
         browser = p.chromium.launch(executable_path=path, args=['--no-sandbox'])
         yield browser
         browser.close()
@@ -68,8 +66,14 @@ def opened(browser, site, page, **settings):
     "(tab, everything that goes wrong in it) of a page that can reach no network but the site's own"
     context, wrong = browser.new_context(**settings), []
     context.set_default_timeout(10_000)
-    context.route(lambda url: not url.startswith((site, 'data:', 'blob:')), lambda route:
-                  (wrong.append(f'fetches {route.request.url}'), route.abort()))
+
+    def is_elsewhere(url): return not url.startswith((site, 'data:', 'blob:'))
+
+    def refuse(route):
+        wrong.append(f'fetches {route.request.url}')
+        route.abort()
+
+    context.route(is_elsewhere, refuse)
     tab = context.new_page()
     tab.on('console', lambda m: wrong.append(f'console: {m.text}') if m.type in ('error', 'warning') else None)
     tab.on('pageerror', lambda e: wrong.append(f'exception: {e}'))
@@ -83,26 +87,14 @@ def dead(site, href):
     url = urlsplit(href)
     target = root/'_docs'/unquote(url.path).lstrip('/')
     target = target/'index.html' if target.is_dir() else target
-    return not target.exists() or bool(
-        url.fragment) and f'id="{unquote(url.fragment)}"' not in target.read_text(encoding='utf-8')
+    if not target.exists(): return True
+    if not url.fragment: return False
+    return f'id="{unquote(url.fragment)}"' not in target.read_text(encoding='utf-8')
 
 
-# text and its contrast with what is behind it (WCAG 2, transparency included), and boxes that stick out of the page without a way to scroll to them
-LOOK = r"""() => {
-    const numbers = c => c.match(/[\d.]+/g).map(Number)
-    const light = c => c.map(x => x/255).map(x => x <= .03928 ? x/12.92 : ((x + .055)/1.055)**2.4).reduce((s, x, i) => s + x*[.2126, .7152, .0722][i], 0)
-    const over = (top, below) => top.slice(0, 3).map((x, i) => (top[3] ?? 1)*x + (1 - (top[3] ?? 1))*below[i])
-    const behind = e => e ? over(numbers(getComputedStyle(e).backgroundColor), behind(e.parentElement)) : [255, 255, 255]
-    const ratio = e => { const b = behind(e), [x, y] = [light(over(numbers(getComputedStyle(e).color), b)), light(b)].sort((p, q) => q - p); return (x + .05)/(y + .05) }
-    const shown = e => e.checkVisibility({opacityProperty: true, visibilityProperty: true}) && [...(function*() { for (let p = e; p; p = p.parentElement) yield +getComputedStyle(p).opacity })()].reduce((a, b) => a*b) > .5
-    const texts = selector => [...document.querySelectorAll(selector)].filter(e => [...e.childNodes].some(n => n.nodeType == 3 && n.textContent.trim()) && shown(e))
-    const worst = es => es.map(e => [ratio(e), `${e.tagName}: ${e.textContent.trim().slice(0, 40)}`]).sort((a, b) => a[0] - b[0])[0] ?? [21, '']
-    const prose = texts('main p, main td, main li, main h1, main h2, main h3, main mi, main mn, main a, .sidebar a, .navbar a, .navbar-title')
-    const scrolls = e => { for (; e && e.tagName != 'MAIN'; e = e.parentElement) if (/auto|scroll/.test(getComputedStyle(e).overflowX)) return true }
-    return {prose: worst(prose), code: worst(texts('main pre *')), characters: prose.map(e => e.textContent.length).reduce((a, b) => a + b, 0),
-            small: prose.filter(e => parseFloat(getComputedStyle(e).fontSize) < 9).map(e => e.textContent), dark: light(behind(document.body)) < .2, font: getComputedStyle(document.body).fontFamily,
-            outside: [...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > innerWidth + 2 && !scrolls(e) && shown(e)).map(e => e.outerHTML.slice(0, 60))}
-}"""
+# what is asked of a page in the browser: see the comments at the heads of these files
+LOOK = Path(__file__).with_name('look.js').read_text(encoding='utf-8')
+NOT_RENDERED = Path(__file__).with_name('not_rendered.js').read_text(encoding='utf-8')
 
 
 def expected(path):
@@ -118,47 +110,61 @@ def expected(path):
     return pictures, sum(s.count('$$')//2 for s in said), sum(map(len, said))
 
 
-@pytest.mark.parametrize('name', PAGES)
-def test_page_shows_its_notebook_without_an_error_and_leads_somewhere(site, browser, name):
-    tab, wrong = opened(browser, site, name)
-    wrong += [
-        f'missing image: {src[:80]}'
-        for src in tab.evaluate('[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src)')
-    ]
-    silent = tab.evaluate('[...document.images].filter(i => i.alt.trim().length < 8).map(i => i.src)')
-    wrong += [f'a picture without words: {src[:80]}' for src in silent]
-    wrong += [f'not rendered: {text}'
-              for text in tab.evaluate(r"""[...document.querySelectorAll('main p, main li, main td, main h1, main h2, main h3, main h4, merror')].filter(e =>
-        e.tagName == 'MERROR' || /\$[^$]+\$|\\\(|\\\[|\[@\w|\]\(|\*\*\S/.test([...e.childNodes].filter(n => n.nodeType == 3).map(n => n.textContent).join(''))).map(e => e.textContent.slice(0, 80))""")]
+BROKEN_PICTURES = '[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src)'
+SILENT_PICTURES = '[...document.images].filter(i => i.alt.trim().length < 8).map(i => i.src)'
+COUNT = """[document.querySelectorAll('main img').length,
+            document.querySelectorAll('main math[display=block] *').length
+            && document.querySelectorAll('main math[display=block]').length]"""
+LINKS = '[...document.links].map(a => a.href)'
+ACTIONS = 'Object.fromEntries([...document.querySelectorAll("a.toc-action")].map(a => [a.textContent.trim(), a.href]))'
+WIDTH = 'document.documentElement.scrollWidth'
+OUR_FILES = r'https://github.com/spectrum-nb/spectrum_nb/blob/main/([^#]+)'
+
+
+def wrong_in_content(tab, name):
+    "What of a notebook its page does not show, or shows as it should not"
     pictures, formulas, words = expected(PAGES[name])
-    shown, drawn = tab.evaluate(
-        '[document.querySelectorAll("main img").length, document.querySelectorAll("main math[display=block] '
-        '*").length && document.querySelectorAll("main math[display=block]").length]'
-    )
+    wrong = [f'missing image: {src[:80]}' for src in tab.evaluate(BROKEN_PICTURES)]
+    wrong += [f'a picture without words: {src[:80]}' for src in tab.evaluate(SILENT_PICTURES)]
+    wrong += [f'not rendered: {text}' for text in tab.evaluate(NOT_RENDERED)]
+    shown, drawn = tab.evaluate(COUNT)
     if (shown, drawn) != (pictures, formulas):
         wrong.append(f'{shown} pictures and {drawn} displayed formulas, the notebook has {pictures} and {formulas}')
     if 'Traceback (most recent call last)' in tab.inner_text('main'): wrong.append('shows a traceback')
-    links = {href for href in tab.evaluate('[...document.links].map(a => a.href)')}
+    seen = tab.evaluate(LOOK)['characters']
+    if seen < .5*words: wrong.append(f'only {seen} characters of text can be seen, the notebook has {words}')
+    return wrong
+
+
+def wrong_links(tab, site):
+    "Links that lead nowhere, on the site or in the repository"
+    links = set(tab.evaluate(LINKS))
     here = {href for href in links if href.startswith(site)}
-    wrong += [f'dead link: {href}' for href in sorted(here) if dead(site, href)]
     assert len(here) >= len(PAGES)                              # the sidebar at least
-    ours = {
-        m[1] for href in links if (m := re.match(r'https://github.com/spectrum-nb/spectrum_nb/blob/main/([^#]+)', href))
-    }
-    wrong += [f'no such file: {path}' for path in ours if not (root/path).exists()]
-    actions = tab.evaluate(
-        'Object.fromEntries([...document.querySelectorAll("a.toc-action")].map(a => [a.textContent.trim(), a.href]))')
+    ours = {m[1] for href in links if (m := re.match(OUR_FILES, href))}
+    wrong = [f'dead link: {href}' for href in sorted(here) if dead(site, href)]
+    return wrong + [f'no such file: {path}' for path in ours if not (root/path).exists()]
+
+
+def wrong_in_layout(tab):
+    "What does not fit the page, on a desk and on a phone"
+    outside = tab.evaluate(LOOK)['outside']
+    tab.set_viewport_size(dict(width=390, height=844))           # a phone
+    width = tab.evaluate(WIDTH)
+    wrong = [f'{width} pixels wide on a phone of 390'] if width > 390 else []
+    return wrong + [f'sticks out: {e}' for e in [*outside, *tab.evaluate(LOOK)['outside']]]
+
+
+@pytest.mark.parametrize('name', PAGES)
+def test_page_shows_its_notebook_without_an_error_and_leads_somewhere(site, browser, name):
+    tab, wrong = opened(browser, site, name)
+    actions = tab.evaluate(ACTIONS)
+    wrong += wrong_in_content(tab, name) + wrong_links(tab, site) + wrong_in_layout(tab)
+    tab.context.close()
+
     path = urlsplit(actions['View source']).path
     assert path == f'/spectrum-nb/spectrum_nb/blob/main/nbs/{PAGES[name]}'
     if name in NOTEBOOKS: assert actions['Run in Colab'] == f'https://colab.research.google.com/github{path}'
-    look = tab.evaluate(LOOK)
-    if look['characters'] < .5*words:
-        wrong.append(f'only {look["characters"]} characters of text can be seen, the notebook has {words}')
-    tab.set_viewport_size(dict(width=390, height=844))           # a phone
-    if (width := tab.evaluate('document.documentElement.scrollWidth')) > 390:
-        wrong.append(f'{width} pixels wide on a phone of 390')
-    wrong += [f'sticks out: {e}' for e in [*look['outside'], *tab.evaluate(LOOK)['outside']]]
-    tab.context.close()
     assert not wrong, '\n'.join(wrong)
 
 
@@ -168,8 +174,12 @@ def test_text_can_be_read_in_light_and_dark(site, browser, name, scheme):
     tab, wrong = opened(browser, site, name, color_scheme=scheme)
     look = tab.evaluate(LOOK)
     tab.context.close()
-    assert not wrong and look['dark'] == (scheme == 'dark') and 'sans-serif' in look['font'] and not look['small'], look
-    assert look['prose'][0] >= 4.5 and look['code'][0] >= 3, look
+    assert not wrong
+    assert look['dark'] == (scheme == 'dark')
+    assert 'sans-serif' in look['font']
+    assert not look['small'], look
+    assert look['prose'][0] >= 4.5, look
+    assert look['code'][0] >= 3, look
 
 
 def definitions_of(notebook):
