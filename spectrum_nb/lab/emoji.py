@@ -27,12 +27,15 @@ def fetch_emoji(
     for package, version in PACKAGES.items():
         if (folder/package/'package.json').is_file(): continue
         if not shutil.which('npm'):
-            raise RuntimeError(f'npm fetches {package}, and is not there: install Node.js, or unpack {package}@{version} '
-                               f'into {folder/package} yourself')
+            raise RuntimeError(
+                f'npm fetches {package}, and is not there: install Node.js, or unpack {package}@{version} '
+                f'into {folder/package} yourself')
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as part:
-            ran = subprocess.run(['npm', 'pack', '--silent', f'{package}@{version}'], cwd=part, capture_output=True, text=True)
-            if ran.returncode: raise RuntimeError(f'npm could not fetch {package}@{version}: {ran.stderr.strip()[-300:]}')
+            ran = subprocess.run(['npm', 'pack', '--silent', f'{package}@{version}'], cwd=part, capture_output=True,
+                                 text=True)
+            if ran.returncode:
+                raise RuntimeError(f'npm could not fetch {package}@{version}: {ran.stderr.strip()[-300:]}')
             with tarfile.open(next(Path(part).glob('*.tgz'))) as archive: archive.extractall(part, filter='data')
             (Path(part)/'package').replace(folder/package)
     return folder
@@ -112,7 +115,8 @@ def one(thing):
     return f'an {thing}' if thing[0] in 'aeiou' else f'a {thing}'
 
 OPENNESS = dict(full=full_prompt, name=lambda emoji: emoji.name, kind=lambda emoji: one(emoji.kind),
-                group=lambda emoji: 'some food' if emoji.group == 'food' else one(emoji.group), nothing=lambda emoji: '')
+                group=lambda emoji: 'some food'
+                if emoji.group == 'food' else one(emoji.group), nothing=lambda emoji: '')
 
 # %% ../../nbs/30b_emoji.ipynb #5b779b8b
 def nearest_names(
