@@ -16,13 +16,14 @@ with hushed():      # what other packages say about their own optional parts, wh
     from spectrum_nb.anatomy import Anatomy
     from spectrum_nb.apply import apply_spectrum
     from spectrum_nb.calibrate import record
-    from spectrum_nb.calibration import Calibration, shipped_calibration
+    from spectrum_nb.calibration import Calibration
     from spectrum_nb.forecast import FORECASTERS, Blend, Chebyshev, DampedLine, Newton, SteadyLine
     from spectrum_nb.noise_gaps import SCHEDULES, NoiseQuantiles, NoiseSpaced, PowerSpaced
     from spectrum_nb.plan import Plan, make_plan, reuse_plan, taylor_plan
     from spectrum_nb.presets import call_defaults, load_pipeline
     from spectrum_nb.schedule import Even, Growing, Listed
     from spectrum_nb.settings import SpectrumConfig, config_for_passes
+    from spectrum_nb.shipped import shipped_calibration
     from spectrum_nb.trials import try_plans
 
 _all_ = ['Anatomy', 'Blend', 'Calibration', 'Chebyshev', 'DampedLine', 'Even', 'FORECASTERS', 'Growing', 'Listed',

@@ -8,7 +8,6 @@ __all__ = ['PLACES', 'Trial', 'Steps', 'set_up', 'check_set_up', 'other_settings
 # %% ../nbs/38b_calibration_record.ipynb #b76d89ff
 import math
 from collections import namedtuple
-from pathlib import Path
 
 import numpy as np
 
@@ -24,11 +23,14 @@ def set_up(
     call,         # arguments of its call
 ):                # dict that JSON can hold
     "What a calibration is of"
-    denoiser, = find_denoisers(pipe).values()
-    config = getattr(denoiser, 'config', {})
-    listed = {k: str(list(v)) if isinstance(v, list | tuple) else v for k, v in config.items()}
-    return dict(pipeline=type(pipe).__name__, denoiser=type(denoiser).__name__, denoiser_config=_plain(listed),
-                dtype=str(pipe.dtype), scheduler=type(pipe.scheduler).__name__,
+    held = find_denoisers(pipe)
+    config = {}
+    for name, denoiser in held.items():
+        of = f'{name}.' if len(held) > 1 else ''
+        config |= {of + k: str(list(v)) if isinstance(v, list | tuple) else v
+                   for k, v in getattr(denoiser, 'config', {}).items() if not k.startswith('_')}
+    return dict(pipeline=type(pipe).__name__, denoiser=' and '.join(type(d).__name__ for d in held.values()),
+                denoiser_config=_plain(config), dtype=str(pipe.dtype), scheduler=type(pipe.scheduler).__name__,
                 scheduler_config=_plain(pipe.scheduler.config), n_steps=n_steps, call=_plain(call))
 
 # %% ../nbs/38b_calibration_record.ipynb #dc969d2b
@@ -116,7 +118,7 @@ def _check_kind(said, path):
 
 # %% ../nbs/38b_calibration_record.ipynb #5b2c798a
 def _check_numbers(hidden, output, response, gains):
-    n = len(response)
+    n = response.shape[-1]
     whole = n and hidden and gains.shape == (n,) and (gains > 0).all()
     if not (whole and all(np.isfinite(x).all() for x in (response, gains, output, *hidden.values()))):
         raise ValueError('numbers are missing or not finite')
@@ -146,8 +148,8 @@ def _check_passes(passes, n):
 def _fields(said):
     "The fields of a calibration from what a file says; an error of some kind where anything is wrong"
     response, gains = (np.array(said[k], dtype=float) for k in ('response', 'gains'))
-    n = len(response)
-    numbers = dict(hidden={c: _square(g, n) for c, g in said['hidden'].items()}, output=_square(said['output'], n),
+    n = response.shape[-1]
+    numbers = dict(hidden={c: _square(g, n) for c, g in said['hidden'].items()}, output=_square(said['output'], response.size),
                    response=response, gains=gains)
     trials = tuple(Trial(**t | dict(passes=tuple(t['passes']))) for t in said['trials'])
     steps = tuple(Steps(**s) for s in said.get('steps') or ())

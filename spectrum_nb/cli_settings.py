@@ -10,7 +10,7 @@ from dataclasses import replace
 from numbers import Integral, Real
 from pathlib import Path
 
-from .calibration import Calibration, shipped_calibration
+from .calibration import Calibration
 from .checks import check_number
 from .forecast import FORECASTERS, Blend, Chebyshev, name_of
 from .noise_gaps import SCHEDULES
@@ -19,6 +19,7 @@ from .plan import Plan
 from .presets import config_for_model
 from .schedule import SPEEDUP, Growing, passes_for
 from .settings import SpectrumConfig, config_for_passes
+from .shipped import shipped_calibration
 
 # %% ../nbs/57b_cli_settings.ipynb #061fc450
 def check_name(option, path):

@@ -22,12 +22,13 @@ class RunError:
     "The predicted error of a choice of passes"
     def __init__(self,
         forecaster,  # called with (known passes, steps, n_steps), returns weights [R, K]
-        response,    # [n] b
+        response,    # [n] b, or [C, n] of C calls a step
         gains,       # [n] g
-        gram,        # [n, n] of the outputs, in units of the last sample's square
+        gram,        # [n, n] of the outputs, in units of the last sample's square; of C calls a step [C n, C n]
         moves=None,  # [n] |Δσ| of the steps, if the plan's own loop is to be closed, see `loop_gains`
     ):
-        self.forecaster, self.response, self.gains, self.gram = forecaster, response, gains, gram
+        self.forecaster, self.response, self.gains, self.gram = forecaster, np.atleast_2d(response), gains, gram
+        self.n_steps = self.response.shape[1]
         self.moves, self.gaps, self.answers = moves, {}, answers_of(gains)
 
 # %% ../nbs/38_predicted_error.ipynb #cae5d8e6
@@ -43,15 +44,16 @@ def gap(self:RunError,
 # %% ../nbs/38_predicted_error.ipynb #a9cd4691
 @patch
 def _new_gap(self:RunError, known, following):
-    n, last = len(self.response), known[-1]
-    steps, c, move = np.arange(last + 1, following), np.zeros(n), np.zeros(len(known))
+    n, last = self.n_steps, known[-1]
+    steps, c, move = np.arange(last + 1, following), np.zeros(self.response.shape), np.zeros(len(known))
     if len(steps):
         rows = self.forecaster(list(known), steps, n)
-        c[list(known)] = self.response[steps] @ rows
-        c[steps] -= self.response[steps]
+        c[:, list(known)] = self.response[:, steps] @ rows
+        c[:, steps] -= self.response[:, steps]
     if self.moves is not None:
         move[-1] = self.moves[last]
         if len(steps): move += self.moves[steps] @ rows
+    c = c.ravel()
     return c, c @ self.gram @ c, move
 
 # %% ../nbs/38_predicted_error.ipynb #6bdb3842
@@ -80,7 +82,7 @@ def gains_of(self:RunError,
     moves,   # of each gap, from `gap`
 ):           # [K] of the gaps after each pass
     "The gains that count: measured at each gap's last step, or those of the plan's loop where they are larger"
-    ends = [*passes[1:], len(self.response)]
+    ends = [*passes[1:], self.n_steps]
     measured = self.gains[np.array(ends) - 1]
     if self.moves is None: return measured
     a, at = np.zeros((len(passes), len(passes))), list(passes)
@@ -94,7 +96,7 @@ def __call__(self:RunError,
     passes,  # ascending tuple
 ):           # number
     "The squared error of all gaps together plus those of the gaps alone"
-    ends = [*passes[1:], len(self.response)]
+    ends = [*passes[1:], self.n_steps]
     coefficients, squares, moves = zip(*(self.gap(passes[:k], f) for k, f in enumerate(ends, 1)))
     gains = self.gains_of(passes, moves)
     c = gains @ np.array(coefficients)

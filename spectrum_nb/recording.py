@@ -21,18 +21,11 @@ def impulse_response(
     *arguments, # of its `set_timesteps`
     step_arguments={}, # further arguments of its `step`
     **keywords, # of its `set_timesteps`
-):              # (b [n] float64, A): the weights of the outputs and of the first sample in the last
-    "What a scheduler makes in the end of each output, and of the sample that it began with; a `ValueError` for one that adds noise or calls the denoiser twice a step"
+):              # (b [m] float64, A): the weights of the outputs of all calls and of the first sample in the last
+    "What a scheduler makes in the end of each output, and of the sample that it began with; a `ValueError` for noise"
     if noise := noise_of(scheduler):
-        raise ValueError(
-            f'{noise} adds noise at every step: its run is no weighted sum of outputs, it cannot be calibrated; use a '
-            f'deterministic scheduler'
-        )
-    if (order := getattr(scheduler, 'order', 1)) > 1:
-        raise ValueError(
-            f'{type(scheduler).__name__} calls the denoiser {order} times a step, which is not calibrated; use a '
-            f'scheduler of one call a step, as UniPC is'
-        )
+        raise ValueError(f'{noise} adds noise at every step: its run is no weighted sum of outputs, it cannot be '
+                         'calibrated; use a deterministic scheduler')
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(*arguments, **keywords)
     n = len(scheduler.timesteps)

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from .apply import apply_spectrum
 from .calibrate import sample_once
-from .calibration import PLACES, Steps, Trial
+from .calibration_record import PLACES, Steps, Trial
 from .gram import typical_weights
 from .kept import kept
 from .run import relative_error

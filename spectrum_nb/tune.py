@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 
 from .apply import find_denoisers
 from .calibrate import record
-from .calibration import PLACES, Calibration
+from .calibration import Calibration
+from .calibration_record import PLACES
 from .figures import save_figure
 from .files import first_line, provenance, read_json, save_json, whole_file
 from .forecast import Blend, Newton

@@ -6,8 +6,8 @@ import torch
 from hypothesis import reject, strategies as st
 
 from spectrum_nb.forecast import SteadyLine
+from spectrum_nb.noise_gaps import NoiseQuantiles
 from spectrum_nb.plan import Plan, make_plan
-from spectrum_nb.schedule import NoiseQuantiles
 from spectrum_nb.settings import SpectrumConfig
 
 from toys import Bang

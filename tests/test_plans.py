@@ -11,8 +11,9 @@ from hypothesis import given, reject, strategies as st
 from spectrum_nb.apply import apply_spectrum
 from spectrum_nb.calibration import Calibration
 from spectrum_nb.forecast import Blend, Chebyshev, DampedLine, Newton, SteadyLine
+from spectrum_nb.noise_gaps import SCHEDULES
 from spectrum_nb.plan import Plan, make_plan
-from spectrum_nb.schedule import SCHEDULES, Listed
+from spectrum_nb.schedule import Listed
 from spectrum_nb.settings import SpectrumConfig
 
 from oracle import Oracle, same_stats

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from spectrum_nb.apply import apply_spectrum
-from spectrum_nb.calibration import shipped_calibration
 from spectrum_nb.settings import SpectrumConfig
+from spectrum_nb.shipped import shipped_calibration
 
 from pipelines import latents, random_lora, tiny_pipeline
 from profiles import NIGHTLY

@@ -18,7 +18,6 @@ from tqdm.auto import tqdm
 from ..anatomy import find_anatomy
 from ..apply import apply_spectrum, find_denoisers
 from ..calibrate import record
-from ..calibration import shipped_calibration
 from ..forecast import FORECASTERS, Blend
 from .captions import held_captions, quality, seen_captions
 from .rivals import summary
@@ -29,6 +28,7 @@ from ..presets import call_defaults, load_pipeline
 from ..samplers import second_order
 from ..schedule import Even, alpha_for_passes, spaced_passes
 from ..settings import SpectrumConfig, config_for_passes
+from ..shipped import shipped_calibration
 from ..trials import relative_distance, try_plans
 
 # %% ../../nbs/48_calibrated.ipynb #4e5436bb

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from fastcore.script import call_parse
 
-from ..calibration import calibration_file
 from ..checks import check_device, check_number
 from ..cli_settings import check_name, plan_of
 from ..figures import save_figure
@@ -34,6 +33,7 @@ from ..options import check_counts
 from ..plan import make_plan
 from ..presets import TINY, call_defaults, find_preset, load_pipeline
 from ..settings import SpectrumConfig, config_for_passes
+from ..shipped import calibration_file
 
 # %% ../../nbs/58_lab_commands.ipynb #d671b22c
 @call_parse

@@ -13,9 +13,10 @@ from ..clock import levels_of
 from ..forecast import Blend, Chebyshev, DampedLine, Newton
 from .hard import PUBLISHED, drawn_by, score
 from ..methods import Method
+from ..noise_gaps import NoiseQuantiles, NoiseSpaced, PowerSpaced
 from ..plan import make_plan
 from ..presets import TINY
-from ..schedule import Even, Growing, NoiseQuantiles, NoiseSpaced, PowerSpaced
+from ..schedule import Even, Growing
 from ..settings import SpectrumConfig, config_for_passes
 
 # %% ../../nbs/50b_early_few.ipynb #168c126a

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from IPython.display import Markdown
 
-from ..calibration import shipped_calibration
 from ..figures import METHODS, in_style, new_figure
 from .calibrated import all_plans
 from .captions import held_captions
@@ -21,6 +20,7 @@ from ..methods import Method, run_methods
 from ..metrics import fidelity, finite_mean, still
 from ..presets import call_defaults, load_pipeline
 from ..samplers import second_order
+from ..shipped import shipped_calibration
 
 # %% ../../nbs/53_images.ipynb #e45774fd
 def strip_methods(

@@ -20,7 +20,6 @@ from diffusers.hooks import (FasterCacheConfig, FirstBlockCacheConfig, MagCacheC
 from tqdm.auto import tqdm
 
 from ..apply import apply_spectrum, find_denoisers
-from ..calibration import shipped_calibration
 from ..forecast import Blend
 from .caches import cache_dit_on, cached, counting, magnitude_ratios, short
 from .captions import held_captions, quality
@@ -29,6 +28,7 @@ from ..noise_gaps import NoiseSpaced
 from ..presets import call_defaults, load_pipeline
 from ..samplers import second_order
 from ..settings import SpectrumConfig
+from ..shipped import shipped_calibration
 
 # %% ../../nbs/47_peers.ipynb #095ffd2e
 @dataclass(frozen=True)

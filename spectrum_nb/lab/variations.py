@@ -16,8 +16,9 @@ from ..anatomy import find_anatomy, head_hook
 from ..apply import find_denoisers
 from ..chebyshev import rescaled_time
 from ..forecast import newton_weights, ridge_weights
+from ..noise_gaps import noise_shares
 from ..plan import plan_from
-from ..schedule import Growing, noise_shares
+from ..schedule import Growing
 
 # %% ../../nbs/48b_variations.ipynb #8d268697
 def with_settings(
