@@ -12,6 +12,7 @@ from collections import namedtuple
 import numpy as np
 
 from .apply import find_denoisers
+from .checks import check_number
 from .files import read_json, save_json
 from .forecast import FORECASTERS
 from .plan import Plan
@@ -155,6 +156,7 @@ def _fields(said):
     steps = tuple(Steps(**s) for s in said.get('steps') or ())
     _check_numbers(**numbers)
     _check_about(said['about'])
+    check_number('shrinkage', said['shrinkage'], 0)
     for t in trials: _check_trial(t)
     for s in steps: _check_steps(s)
     for t in trials: _check_passes(t.passes, n)
