@@ -20,8 +20,7 @@ from ..apply import apply_spectrum, find_denoisers
 from ..calibrate import record
 from ..calibration import shipped_calibration
 from ..forecast import FORECASTERS, Blend
-from .captions import held_captions, quality, seen_captions
-from .rivals import summary
+from .captions import held_captions, quality, seen_captions, summary
 from ..methods import Method, run_methods
 from ..plan import make_plan, plan_from, taylor_plan
 from ..presets import call_defaults, load_pipeline
