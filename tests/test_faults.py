@@ -35,7 +35,7 @@ from spectrum_nb.clock import PipelineClock
 from spectrum_nb.forecast import Blend, Chebyshev, DampedLine, Newton, SteadyLine
 from spectrum_nb.history import History
 from spectrum_nb.hook import SpectrumHook
-from spectrum_nb.lab.tiny import fit, save_pipeline
+from spectrum_nb.lab.training import fit, save_pipeline
 from spectrum_nb.plan import Plan, make_plan
 from spectrum_nb.presets import load_pipeline
 from spectrum_nb.report import RunStats
