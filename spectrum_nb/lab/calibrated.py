@@ -19,8 +19,7 @@ from ..anatomy import find_anatomy
 from ..apply import apply_spectrum, find_denoisers
 from ..calibrate import record
 from ..forecast import FORECASTERS, Blend
-from .captions import held_captions, quality, seen_captions
-from .rivals import summary
+from .captions import held_captions, quality, seen_captions, summary
 from ..methods import Method, run_methods
 from ..noise_gaps import NoiseSpaced
 from ..plan import make_plan, plan_from, taylor_plan

@@ -32,8 +32,8 @@ class Clip:
 
     @property
     def caption(self):
-        article = lambda word: 'an' if word[0] in 'aeiou' else 'a'
-        return f'{article(self.colour)} {self.colour} {self.shape} moving {self.direction} on {article(self.background)} {self.background} background'
+        def one(words): return f'{"an" if words[0] in "aeiou" else "a"} {words}'
+        return f'{one(self.colour)} {self.shape} moving {self.direction} on {one(self.background)} background'
 
     @classmethod
     def from_caption(cls, caption:str):
@@ -72,14 +72,15 @@ def draw_clip(
     "A clip; two draws differ as two takes of the same scene would"
     along, unit = np.array(DIRECTIONS[clip.direction]), side/64
     reach, aside, radius = rng.uniform(14, 18)*unit, rng.uniform(-8, 8)*unit, RADIUS*rng.uniform(.93, 1.07)*unit
-    path = side/2 + aside*(along == 0) + rng.uniform(-2, 2)*unit*along + reach*np.linspace(-1, 1, n_frames)[:,
-                                                                                                            None]*along
+    start, time = rng.uniform(-2, 2)*unit, np.linspace(-1, 1, n_frames)[:, None]
+    path = side/2 + aside*(along == 0) + start*along + reach*time*along
     return paint(np.stack([coverage(clip.shape, *at, radius, side) for at in path]), clip.colour, clip.background, rng)
 
 # %% ../../nbs/23_clips.ipynb #bd99b6a6
 def read_clip(
     frames,  # [n, side, side, 3] in [0, 1], or a list of PIL images
-):           # the `Clip` they show; None if no object stands out in the first and the last third, or none moves by a tenth of the side
+):           # the `Clip` they show, or None: no object stands out in the first or in the last third, or it does not
+             # move by a tenth of the side
     "What a clip shows, by geometry alone: the majority of its frames, and the way from first to last"
     found, third = [find_object(f) for f in frames], -(-len(frames)//3)
     if not any(found[:third]) or not any(found[-third:]): return None

@@ -20,15 +20,15 @@ from ..files import provenance, read_json, save_json
 from .ablations import ablations_bench
 from .bench import forecast_bench, loops_bench
 from .calibrated import BUDGETS, calibrated_bench, predicted_bench, transfer_bench
-from .captions import held_captions
+from .captions import held_captions, summary
 from .cost import cost_jobs
 from .early_few import early_jobs, few_jobs, forms_jobs
 from .features import features_bench
 from .hard import hard_jobs
 from .peers import peers_bench
 from .real_size import real_size_jobs
-from .rivals import all_methods, quality_bench, summary
-from ..methods import Method, as_text, comparison_figure, run_methods
+from .rivals import quality_bench
+from ..methods import Method, all_methods, as_text, comparison_figure, run_methods
 from ..options import check_counts
 from ..plan import make_plan
 from ..presets import TINY, call_defaults, find_preset, load_pipeline

@@ -66,9 +66,8 @@ def start_as_identity(
 ):
     "adaLN-zero: every block starts as the identity, the output as zero"
     for name, p in denoiser.named_parameters():
-        if '.linear.' in name and 'norm' in name or name.startswith(
-                'proj_out') or 'time_proj' in name or 'scale_shift_table' in name:
-            torch.nn.init.zeros_(p)
+        of_norm = '.linear.' in name and 'norm' in name or 'time_proj' in name or 'scale_shift_table' in name
+        if of_norm or name.startswith('proj_out'): torch.nn.init.zeros_(p)
 
 # %% ../../nbs/25_flux.ipynb #ddfda582
 def new_tiny_flux(
@@ -81,7 +80,8 @@ def new_tiny_flux(
     text_width:int=64,    # channels of the two text encoders
     seed:int=0,           # seed of the random weights
 ):                        # FluxPipeline
-    "A `FluxPipeline` of the published classes at toy size, with random weights: FLUX.1-dev's parts, 1/5000 of its weights"
+    """A `FluxPipeline` of the published classes at toy size, with random weights:
+    FLUX.1-dev's parts, 1/5000 of its weights"""
     torch.manual_seed(seed)
     tokenizer = word_tokenizer(words, max_length)
     clip, t5 = small_clip(tokenizer, text_width), small_t5(tokenizer, text_width)
@@ -110,9 +110,9 @@ def flux_velocity(
     pooled, seq = embeds
     ids = pipe._prepare_latent_image_ids(B, h//2, w//2, latents.device, latents.dtype)
     packed = pipe._pack_latents(latents, B, C, h, w)
-    out = pipe.transformer(hidden_states=packed, timestep=sigma,
-                           guidance=guidance, pooled_projections=pooled, encoder_hidden_states=seq, txt_ids=torch.zeros(
-                               seq.shape[1], 3), img_ids=ids, return_dict=False)[0]
+    out = pipe.transformer(hidden_states=packed, timestep=sigma, guidance=guidance, pooled_projections=pooled,
+                           encoder_hidden_states=seq, txt_ids=torch.zeros(seq.shape[1], 3), img_ids=ids,
+                           return_dict=False)[0]
     return out.view(B, h//2, w//2, C, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(B, C, h, w)
 
 # %% ../../nbs/25_flux.ipynb #8f7dd0c6

@@ -19,15 +19,34 @@ def inflate(
     video_vae,    # AutoencoderKLHunyuanVideo, changed in place
     picture_vae,  # AutoencoderKL of the same widths
 ):
-    "Let a video autoencoder begin as a picture autoencoder: the same weights at the last tap in time, zero at the earlier ones, so that frames are coded one by one"
+    """Let a video autoencoder begin as a picture autoencoder: the same weights at the last tap in time,
+    zero at the earlier ones, so that frames are coded one by one"""
     flat = picture_vae.state_dict()
     with torch.no_grad():
         for name, w in video_vae.state_dict().items():
-            # causal convolutions are wrapped
-            source = flat[name if name in
-                          flat else name.replace('.conv.weight', '.weight').replace('.conv.bias', '.bias')]
+            unwrapped = name.replace('.conv.weight', '.weight').replace('.conv.bias', '.bias')   # causal convolutions
+            source = flat[name if name in flat else unwrapped]
             if source.shape == w.shape: w.copy_(source)
             else: w.zero_()[:, :, -1].copy_(source)
+
+# %% ../../nbs/28_hunyuan_video.ipynb #6159bfaa
+def _inflated(vae):
+    "A video autoencoder that begins as the picture autoencoder `vae`"
+    widths = vae.config.block_out_channels
+    video_vae = AutoencoderKLHunyuanVideo(
+        latent_channels=vae.config.latent_channels, block_out_channels=widths,
+        layers_per_block=vae.config.layers_per_block, norm_num_groups=vae.config.norm_num_groups,
+        spatial_compression_ratio=2**(len(widths) - 1), down_block_types=('HunyuanVideoDownBlock3D',)*len(widths),
+        up_block_types=('HunyuanVideoUpBlock3D',)*len(widths), scaling_factor=1.)
+    inflate(video_vae, vae)
+    return video_vae
+
+# %% ../../nbs/28_hunyuan_video.ipynb #55b7c78e
+def _small_llama(tokenizer, width):
+    "A Llama at toy size, of whose layers the last two are not read"
+    return LlamaModel(LlamaConfig(hidden_size=width, intermediate_size=2*width, num_hidden_layers=4,
+                                  num_attention_heads=width//16, max_position_embeddings=512,
+                                  **special_tokens(tokenizer)))
 
 # %% ../../nbs/28_hunyuan_video.ipynb #0abee31c
 def new_tiny_hunyuan(
@@ -45,18 +64,8 @@ def new_tiny_hunyuan(
     torch.manual_seed(seed)
     # the pipeline pads CLIP's tokens to 77
     tokenizer, tokenizer_2 = word_tokenizer(words, max_length, phrases), word_tokenizer(words, 77, phrases)
-    # its last two layers are not read
-    llama = LlamaModel(LlamaConfig(hidden_size=text_width, intermediate_size=2*text_width, num_hidden_layers=4,
-                                   num_attention_heads=text_width//16,
-                                   max_position_embeddings=512, **special_tokens(tokenizer)))
-    widths, channels = vae.config.block_out_channels, vae.config.latent_channels
-    video_vae = AutoencoderKLHunyuanVideo(
-        latent_channels=channels, block_out_channels=widths, layers_per_block=vae.config.layers_per_block,
-        norm_num_groups=vae.config.norm_num_groups, spatial_compression_ratio=2**(len(widths) - 1),
-        down_block_types=('HunyuanVideoDownBlock3D',)*len(widths),
-        up_block_types=('HunyuanVideoUpBlock3D',)*len(widths), scaling_factor=1.)
-    inflate(video_vae, vae)
-    head_dim = width//4
+    llama = _small_llama(tokenizer, text_width)
+    video_vae, channels, head_dim = _inflated(vae), vae.config.latent_channels, width//4
     denoiser = HunyuanVideoTransformer3DModel(
         in_channels=channels, out_channels=channels, num_attention_heads=4, attention_head_dim=head_dim,
         num_layers=n_double, num_single_layers=n_single, num_refiner_layers=1, text_embed_dim=text_width,
@@ -81,6 +90,6 @@ def hunyuan_velocity(
 
 # %% ../../nbs/28_hunyuan_video.ipynb #3f0a0077
 def hunyuan_embeds(pipe, captions):
-    "(sequence, pooled, mask) embeddings of `captions`, with gradients, as the pipeline's own `encode_prompt` computes them"
+    "(sequence, pooled, mask) embeddings of `captions`, with gradients, as the pipeline's `encode_prompt` makes them"
     return pipe.encode_prompt(captions, prompt_template=CAPTION_ONLY,
                               max_sequence_length=pipe.tokenizer.model_max_length)

@@ -39,40 +39,55 @@ def try_sampler(
     n_steps:int=20,   # steps
     n_samples:int=8,  # samples, one batch
 ):                    # dict: a row of the table
-    "Run one sampler plainly, with every step a pass, with the paper's plan and with fewer steps; an `AssertionError` if steps, lengths or contexts are not as planned"
+    """Run one sampler plainly, with every step a pass, with the paper's plan and with fewer steps;
+    an `AssertionError` if steps, lengths or contexts are not as planned"""
     pipe = load_pipeline(model)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config, **settings)
-    call = call_defaults(pipe, model)
-    prompts, (denoiser,), calls = held_captions(call, n_samples), find_denoisers(pipe).values(), []
+    prompts = held_captions(call_defaults(pipe, model), n_samples)
+    twice = scheduler == 'PNDMScheduler'      # it computes its second step twice
+    plan = make_plan(SpectrumConfig.paper(), n_steps + twice)
+    full, got, few, stats = _four_runs(pipe, call_defaults(pipe, model), prompts, n_steps, plan)
+    named = ('algorithm_type', 'stochastic_sampling', 'use_flow_sigmas')
+    note = ', '.join(f'{k}={v}' for k, v in settings.items() if k in named)
+    return dict(sampler=scheduler.removesuffix('Scheduler') + (f' ({note})' if note else ''), model=model,
+                noisy=bool(noise_of(pipe.scheduler)), calls=sum(s.n_steps for s in stats),
+                runs=', '.join(f'{s.context or "·"} {s.n_passes}/{s.n_steps}' for s in stats),
+                error=max(e for s in stats for e in s.errors.values()), psnr=quality(got, full)['psnr'],
+                agreement=[_least_obeyed(samples, full, prompts) for samples in (full, got, few)])
+
+# %% ../../nbs/32_samplers.ipynb #84f4748f
+def _four_runs(pipe, call, prompts, n_steps, plan):
+    "(full samples, with the plan, with as few steps as it has passes; statistics of the second)"
+    denoiser, = find_denoisers(pipe).values()
+    calls = []
     def sample(n=n_steps):
         calls.clear()
-        # some schedulers draw noise without the generator
-        torch.manual_seed(0)
-        return pipe(prompt=prompts, num_inference_steps=n,
-                    generator=[torch.Generator().manual_seed(i) for i in range(n_samples)], output_type='np', **call)[0]
+        torch.manual_seed(0)          # some schedulers draw noise without the generator
+        seeds = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+        return pipe(prompt=prompts, num_inference_steps=n, generator=seeds, output_type='np', **call)[0]
     watch = denoiser.register_forward_pre_hook(lambda *_: calls.append(1))
     try:
         full, n_calls = sample(), len(calls)
         with apply_spectrum(pipe, SpectrumConfig(speedup=1)): same = sample()
-        # PNDM computes its second step twice
-        plan = make_plan(SpectrumConfig.paper(), n_steps + ('PNDM' in scheduler and 'IPNDM' not in scheduler))
         with apply_spectrum(pipe, plan) as run: got = sample()
         few = sample(len(plan.passes))
     finally: watch.remove()
     assert (same == full).all(), 'a run of passes only differs from the plain one'
-    for s in run.stats:
-        assert s.passes == [p for p in plan.passes if p < s.n_steps] and not s.fallbacks, (s.context, s.passes,
-                                                                                           s.fallbacks)
-    assert sum(s.n_steps
-               for s in run.stats) == n_calls, f'{n_calls} calls, but runs of {[s.n_steps for s in run.stats]}'
-    # tiny-wan's shapes are poor in the full run, too
-    agreement = lambda samples: min(v for k, v in quality(samples, full, prompts)['agreement'].items()
-                                    if k not in ('shape', 'all'))
-    note = ', '.join(f'{k}={v}' for k, v in settings.items()
-                     if k in ('algorithm_type', 'stochastic_sampling', 'use_flow_sigmas'))
-    return dict(sampler=scheduler.removesuffix('Scheduler') + (f' ({note})' if note else ''), model=model,
-                noisy=bool(noise_of(pipe.scheduler)), calls=n_calls,
-                runs=', '.join(f'{s.context or "·"} {s.n_passes}/{s.n_steps}' for s in run.stats),
-                error=max(e for s in run.stats for e in s.errors.values()), psnr=quality(got, full)['psnr'],
-                agreement=[agreement(full), agreement(got), agreement(few)])
+    _check_books(run.stats, plan, n_calls)
+    return full, got, few, run.stats
+
+# %% ../../nbs/32_samplers.ipynb #364e2d79
+def _check_books(stats, plan, n_calls):
+    "Passes are those of the plan in every context, and every call belongs to a run"
+    for s in stats:
+        passes = [p for p in plan.passes if p < s.n_steps]
+        assert s.passes == passes and not s.fallbacks, (s.context, s.passes, s.fallbacks)
+    lengths = [s.n_steps for s in stats]
+    assert sum(lengths) == n_calls, f'{n_calls} calls, but runs of {lengths}'
+
+# %% ../../nbs/32_samplers.ipynb #769732a6
+def _least_obeyed(samples, full, prompts):
+    "Share of samples that obey their captions where it is least; shapes are left out, being poor in full runs, too"
+    agreement = quality(samples, full, prompts)['agreement']
+    return min(v for k, v in agreement.items() if k not in ('shape', 'all'))

@@ -17,7 +17,7 @@ from .flux import small_clip, word_tokenizer
 # %% ../../nbs/27_sdxl.ipynb #76914146
 def new_tiny_sdxl(
     words,                # vocabulary of the captions
-    vae,                  # AutoencoderKL; its shift is passed on as the mean of the latents, which is how SDXL's pipeline reads it
+    vae,                  # AutoencoderKL, whose shift is passed on as the latents' mean, as SDXL's pipeline reads it
     side:int=32,          # pixels a side
     max_length:int=16,    # tokens a caption
     widths=(64, 112),     # channels of the U-Net's levels; a head of attention has 16
@@ -62,7 +62,8 @@ def sdxl_noise(
 
 # %% ../../nbs/27_sdxl.ipynb #ae10aa73
 def sdxl_embeds(pipe, captions):
-    "(sequence, pooled) embeddings of `captions`, with gradients, as `encode_prompt` computes them; of an empty caption zeros, which is what the unconditional branch gets"
+    """(sequence, pooled) embeddings of `captions`, with gradients, as `encode_prompt` computes them;
+    of an empty caption zeros, which is what the unconditional branch gets"""
     sequence, _, pooled, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False)
     said = torch.tensor([float(c != '') for c in captions])[:, None]
     return said[..., None]*sequence, said*pooled

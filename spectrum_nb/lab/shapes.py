@@ -37,7 +37,8 @@ class Scene:
     @property
     def caption(self):
         article = 'an' if self.background[0] in 'aeiou' else 'a'
-        return f'a {self.size} {self.colour} {self.shape} at the {self.position} on {article} {self.background} background'
+        thing = f'a {self.size} {self.colour} {self.shape}'
+        return f'{thing} at the {self.position} on {article} {self.background} background'
 
     @classmethod
     def from_caption(cls, caption:str):
@@ -53,8 +54,9 @@ def find_caption(
     "What a caption names; a `ValueError` if it is not a sentence of the world"
     try: return known[caption.strip()]
     except KeyError:
+        choice = ', '.join(f'{k} {list(v)}' for k, v in words.items())
         raise ValueError(f'{caption!r} is not a caption of this world; write for example {next(iter(known))!r} '
-                                      f'({", ".join(f"{k} {list(v)}" for k, v in words.items())})') from None
+                         f'({choice})') from None
 
 # %% ../../nbs/22_shapes.ipynb #e7ec9c0c
 def all_scenes():
@@ -150,14 +152,17 @@ def find_object(
     mask = labels == 1 + np.argmax(ndimage.sum_labels(np.ones_like(x), labels, range(1, n + 1)))
     if mask.sum() < 20*(side/64)**2: return None
     core = mask & ndimage.binary_erosion(mask, iterations=max(1, side//32))
-    return mask, nearest_colour(np.median(image[core if core.any() else mask],
-                                          0)), nearest_colour(np.median(image[rim], 0))
+    inside = image[core if core.any() else mask]
+    return mask, nearest_colour(np.median(inside, 0)), nearest_colour(np.median(image[rim], 0))
 
 # %% ../../nbs/22_shapes.ipynb #1592ceaa
 def centre(mask):
     "(x, y) of the centroid of a mask, in pixels"
     y, x = np.nonzero(mask)
     return np.array([x.mean(), y.mean()]) + .5
+
+# %% ../../nbs/22_shapes.ipynb #3e1e2e2c
+unit_area = {s: coverage(s, 50, 50, 30, 100).sum()/900 for s in SHAPES}
 
 # %% ../../nbs/22_shapes.ipynb #586a7218
 def nearest_shape(mask):
@@ -181,9 +186,6 @@ def read_scene(
     size = min(RADII, key=lambda s: abs(np.log(RADII[s]/(radius*64/side))))
     return Scene(size, colour, shape, next(p for p, at in POSITIONS.items() if at == place), background)
 
-# %% ../../nbs/22_shapes.ipynb #3e1e2e2c
-unit_area = {s: coverage(s, 50, 50, 30, 100).sum()/900 for s in SHAPES}
-
 # %% ../../nbs/22_shapes.ipynb #76cbe8d1
 def caption_agreement(
     samples,     # pictures: [side, side, 3] in [0, 1] each, or PIL images
@@ -195,7 +197,8 @@ def caption_agreement(
     wanted = [parse(c) for c in captions]
     hits = np.array([[got is not None and a == b for a, b in zip(astuple(got or want), astuple(want))]
                      for got, want in zip(map(read, samples), wanted, strict=True)])
-    return dict(zip([f.name for f in fields(wanted[0])], hits.mean(0).tolist()), all=hits.all(1).mean().item())
+    names = [f.name for f in fields(wanted[0])]
+    return dict(zip(names, hits.mean(0).tolist()), all=hits.all(1).mean().item())
 
 # %% ../../nbs/22_shapes.ipynb #080e60dc
 def half_caption(
