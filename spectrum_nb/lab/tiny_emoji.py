@@ -17,8 +17,10 @@ from torch.nn import functional as F
 
 from ..files import save_json
 from .emoji import OPENNESS, PACKAGES, fetch_emoji, picture_of, read_emoji, words_of
+from .flow import distil_guidance, mix_flow
 from .flux import flux_embeds, flux_velocity, small_clip, small_t5, start_as_identity, word_tokenizer
-from .tiny import batch_at, check_place, distil_guidance, encode_all, fit, mix_flow, save_pipeline, train_vae
+from .latents import encode_all, train_vae
+from .training import batch_at, check_place, fit, save_pipeline
 
 # %% ../../nbs/30aa_tiny_emoji.ipynb #3cb949d1
 def new_emoji_vae(seed=0):
