@@ -108,6 +108,22 @@ def first(
     passes, part = [p for p in self.passes if p < n_steps], np.s_[:n_steps, :n_steps]
     return Plan(passes, self.weights[part], self.checks[part], self.name, self.slopes[part], self.damping)
 
+# %% ../nbs/07_plan.ipynb #7af1db6a
+@patch
+def part(
+    self:Plan,
+    begin:int,    # first step
+    n_steps:int,  # steps from there
+):                # Plan
+    "The plan of some steps in a row; a `ValueError` unless they begin with a pass and need no earlier one"
+    steps = np.s_[begin:begin + n_steps]
+    before = np.abs(self.weights[steps, :begin]).any() or np.abs(self.slopes[steps, :begin]).any()
+    if begin not in self.passes or before:
+        raise ValueError(f'the plan has no pass at step {begin}, or forecasts after it from passes before it; what takes '
+                         'over there has a history of its own. A calibration of this pipeline makes plans that fit')
+    passes, inside = [p - begin for p in self.passes if begin <= p < begin + n_steps], (steps, steps)
+    return Plan(passes, self.weights[inside], self.checks[inside], self.name, self.slopes[inside], self.damping)
+
 # %% ../nbs/07_plan.ipynb #51f806f5
 @patch
 def plot(

@@ -28,7 +28,7 @@ class Within:
             rows = np.zeros((len(steps), len(known)))
             for share in {*of_step.tolist()}:
                 own, mine = of_pass == share, of_step == share
-                rows[np.ix_(mine, own)] = weights_of(rule, known[own].tolist(), steps[mine], n_steps)
+                if own.any(): rows[np.ix_(mine, own)] = weights_of(rule, known[own].tolist(), steps[mine], n_steps)
             return rows
         return within
 
