@@ -19,10 +19,10 @@ from PIL import Image
 from spectrum_nb.anatomy import blocks_of, count_calls, find_anatomy
 from spectrum_nb.apply import apply_spectrum, find_denoisers
 from spectrum_nb.calibrate import record
-from spectrum_nb.clock import levels_of
 from spectrum_nb.forecast import DampedLine, Newton
 from spectrum_nb.hook import SpectrumHook
 from spectrum_nb.lab.captions import held_captions
+from spectrum_nb.pipeline_clock import levels_of
 from spectrum_nb.plan import Plan, make_plan
 from spectrum_nb.presets import call_defaults, load_pipeline
 from spectrum_nb.schedule import Even, Listed, NoiseSpaced

@@ -28,14 +28,15 @@ from torch import nn
 
 import spectrum_nb
 from spectrum_nb.anatomy import CountingBlock, ToyDenoiser
-from spectrum_nb.apply import SpectrumHandle, apply_spectrum
+from spectrum_nb.apply import apply_spectrum
 from spectrum_nb.calibration import Calibration
 from spectrum_nb.cli import COMMANDS, main
-from spectrum_nb.clock import PipelineClock
 from spectrum_nb.forecast import Blend, Chebyshev, DampedLine, Newton, SteadyLine
+from spectrum_nb.handle import SpectrumHandle
 from spectrum_nb.history import History
 from spectrum_nb.hook import SpectrumHook
 from spectrum_nb.lab.tiny import fit, save_pipeline
+from spectrum_nb.pipeline_clock import PipelineClock
 from spectrum_nb.plan import Plan, make_plan
 from spectrum_nb.presets import load_pipeline
 from spectrum_nb.report import RunStats

@@ -23,10 +23,10 @@ from torch import nn
 
 from spectrum_nb.anatomy import ToyDenoiser, find_anatomy
 from spectrum_nb.apply import apply_spectrum, find_denoisers
-from spectrum_nb.calibrate import record, set_up
-from spectrum_nb.calibration import Calibration, shipped_calibration
-from spectrum_nb.clock import unwrapped
+from spectrum_nb.calibrate import record
+from spectrum_nb.calibration import Calibration, set_up, shipped_calibration
 from spectrum_nb.lab.any_denoiser import EXAMPLES, denoiser_classes
+from spectrum_nb.pipeline_clock import unwrapped
 from spectrum_nb.plan import make_plan
 from spectrum_nb.presets import call_defaults, load_pipeline
 from spectrum_nb.runs import all_jobs, make_sample, sample_all
@@ -629,7 +629,7 @@ def test_a_pipeline_that_steps_copies_of_its_scheduler_is_told_the_call_that_wor
     net, call = small('SkyReelsV2Transformer3DModel')
     pipe = SimpleNamespace(scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), config={}, transformer=net)
     pipe.scheduler.set_timesteps(N)
-    from spectrum_nb.clock import PipelineClock
+    from spectrum_nb.pipeline_clock import PipelineClock
     with torch.no_grad(), apply_spectrum(net, PAPER, N) as run:
         bare, run.hooks[0].clock = run.hooks[0].clock, PipelineClock(pipe, net, attribute='transformer')
         with pytest.raises(RuntimeError, match=r'apply_spectrum\(pipe.transformer, n_steps=…\)'):
@@ -645,13 +645,13 @@ def test_a_pipeline_that_steps_copies_of_its_scheduler_is_told_the_call_that_wor
 def test_every_cache_is_bounded():
     with apply_spectrum(toy := Toy(), SpectrumConfig(speedup=2), N) as run:
         for n in range(2, 300): run.plan_for(n, sigmas=tuple(np.linspace(1, 0, n + 1)))
-        assert len(run._plans) <= run.KEPT_PLANS
+        assert len(run.book._plans) <= run.book.KEPT_PLANS
         for k in range(700):
             with toy.cache_context(f'request {k}'): loop(toy, range(2))
-        hook = run.hooks[0]
-        assert len(hook.runs) <= 2*hook.KEPT and len(hook.calls) <= 2*hook.KEPT and len(hook.clock.known) <= 64
-        for _ in range(run.KEPT_STATS + 10): run.note(None)
-        assert len(run.stats) <= run.KEPT_STATS
+        finder, book = run.hooks[0].finder, run.book
+        assert len(finder.runs) <= 2*finder.KEPT and len(finder.calls) <= 2*finder.KEPT and len(finder.clock.known) <= 64
+        for _ in range(book.KEPT_STATS + 10): book.note(None)
+        assert len(run.stats) <= book.KEPT_STATS
 
 def test_memory_is_flat_over_requests_of_any_size_and_length():
     def resident():

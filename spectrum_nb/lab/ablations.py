@@ -18,10 +18,10 @@ from tqdm.auto import tqdm
 from ..anatomy import find_anatomy, head_hook
 from ..apply import apply_spectrum, find_denoisers
 from ..chebyshev import rescaled_time
-from ..clock import levels_of
 from ..forecast import Blend, newton_weights, ridge_weights
 from .captions import held_captions, quality
 from ..metrics import fidelity
+from ..pipeline_clock import levels_of
 from ..plan import make_plan, plan_from
 from ..presets import call_defaults, load_pipeline
 from ..report import passes_of

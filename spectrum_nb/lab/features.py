@@ -12,11 +12,11 @@ import torch
 
 from ..apply import apply_spectrum
 from ..chebyshev import basis, rescaled_time
-from ..clock import levels_of
 from ..forecast import FORECASTERS
 from .ablations import BASES, axis_times
 from .captions import held_captions
 from ..metrics import still
+from ..pipeline_clock import levels_of
 from ..plan import Plan, make_plan
 from ..presets import call_defaults, load_pipeline
 from ..schedule import NoiseSpaced

@@ -17,13 +17,13 @@ import torch
 
 from ..apply import apply_spectrum
 from ..calibration import calibration_file, shipped_calibration
-from ..clock import levels_of
 from ..forecast import Blend, Chebyshev, DampedLine, Newton
 from .captions import held_captions
 from .clips import clip_agreement
 from .shapes import caption_agreement, half_caption
 from ..methods import Method
 from ..metrics import fidelity
+from ..pipeline_clock import levels_of
 from ..plan import make_plan, plan_from
 from ..presets import TINY, call_defaults, find_preset, load_pipeline
 from ..samplers import sampled_by, second_order
