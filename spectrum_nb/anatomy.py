@@ -40,7 +40,8 @@ class ToyDenoiser(nn.Module):
 @dataclass(frozen=True)
 class Anatomy:
     "Where a denoiser keeps its blocks and its head"
-    # names of what is skipped at a forecast: lists of blocks, or single modules, which are passed through; dotted where they lie deeper
+    # names of what is skipped at a forecast: lists of blocks, or single modules, which are passed through;
+    # dotted where they lie deeper
     body:tuple
     # name of the first module after the body, called once; its first argument is the feature.
     # A tuple of names where there are several, of which some may be absent
@@ -113,7 +114,9 @@ def check_anatomy(denoiser, anatomy):
 def find_anatomy(
     denoiser,  # nn.Module
 ):             # Anatomy
-    "The anatomy of a denoiser that is in the table or follows diffusers' conventional names; a `ValueError` says what to pass otherwise"
+    """The anatomy of a denoiser that is in the table or follows diffusers' conventional names
+
+    A `ValueError` says what to pass otherwise."""
     if kinds := {type(m).__name__ for m in denoiser.modules()}.intersection(BEYOND_HEAD):
         raise ValueError(f"{type(denoiser).__name__} has a {kinds.pop()}, which hands a second tensor to what follows "
                          f"the head; use feature='output'")

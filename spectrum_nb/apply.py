@@ -26,24 +26,27 @@ def apply_spectrum(
     config=None,       # SpectrumConfig, planned anew for each run's length, or a Plan; by default `SpectrumConfig()`
     n_steps:int=None,  # steps of a run, for a bare denoiser; by default the plan's
     anatomy=None,      # Anatomy, where the denoiser does not follow the conventional names
-    feature='hidden',  # what is forecast: `'hidden'`, what the head is given; `'residual'`, that less what the blocks are
-                       # given, which the step's own is added to again; or `'output'`, what the denoiser returns
+    feature='hidden',  # what is forecast: `'hidden'`, what the head is given; `'residual'`, that less what the blocks
+                       # are given, which the step's own is added to again; or `'output'`, what the denoiser returns
     history_device='same',  # where features are kept: `'same'`, on the device that made them, or `'cpu'`
     measure=True,      # whether each pass is compared with its forecast (one weighted sum and one norm a pass)
-    watch=None,        # function (context, step, list of tensors), called with the feature of every pass before it is used
+    watch=None,        # function (context, step, list of tensors), called with each pass's feature before it is used
     n_passes:int=None,   # in place of a config: `SpectrumConfig(n_passes=…)`
     speedup:float=None,  # in place of a config: `SpectrumConfig(speedup=…)`, steps ÷ passes
 ):                     # SpectrumHandle
     """Accelerate `target`: run all blocks at the plan's passes, forecast the last feature at the other steps.
 
-    Raises `TypeError` for a target or config of the wrong kind, `ValueError` for a denoiser without a known head or a plan of another length,
-    `ValueError` at the first step of a run whose sampler adds noise at every step,
-    `RuntimeError` for a second application, a denoiser with a cache of diffusers enabled, another's `forward` in its place,
-    or a call that overlaps with another thread's; nothing is changed then. Within a run, a change
-    of the input's shape, dtype or device begins a new history with a full pass (a config is planned anew for the rest of the run, a plan is
-    followed no further), likewise a feature that is not finite, and a forecast that is not finite becomes a full pass; all are noted in `stats`.
-    A bare denoiser's steps are told by the times of its calls: a repeated time is a second call of the step,
-    one that jumps back begins a new run. Where two calls of a step may come in any order, name them by
+    Raises `TypeError` for a target or config of the wrong kind, `ValueError` for a denoiser without a known head or a
+    plan of another length, `ValueError` at the first step of a run whose sampler adds noise at every step,
+    `RuntimeError` for a second application, a denoiser with a cache of diffusers enabled, another's `forward` in its
+    place, or a call that overlaps with another thread's; nothing is changed then.
+
+    Within a run, a change of the input's shape, dtype or device begins a new history with a full pass (a config is
+    planned anew for the rest of the run, a plan is followed no further), likewise a feature that is not finite, and a
+    forecast that is not finite becomes a full pass; all are noted in `stats`.
+
+    A bare denoiser's steps are told by the times of its calls: a repeated time is a second call of the step, one that
+    jumps back begins a new run. Where two calls of a step may come in any order, name them by
     `denoiser.cache_context("cond")` and `("uncond")`."""
     config = _config_of(config, n_passes, speedup, n_steps)
     _check_choices(config, feature, history_device, measure)

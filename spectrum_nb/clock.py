@@ -50,7 +50,8 @@ TIMES = ('timestep', 'timesteps', 't', 'sigma', 'sigmas', 'noise_labels', 'time'
 
 # %% ../nbs/11_clock.ipynb #321edcfe
 def time_of(
-    timestep,  # what a denoiser was given as the time of a call: a number, or a tensor with one for each sample, frame or token
+    timestep,  # what a denoiser was given as the time of a call: a number, or a tensor with one for each sample, frame
+               # or token
 ):             # float, or None where there is none
     "The time of a call as one number, the mean where parts of the sample have times of their own"
     if isinstance(timestep, torch.Tensor):

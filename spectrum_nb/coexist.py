@@ -110,13 +110,13 @@ def readers_of(
              if inspect.isfunction(h) and not is_known(h)}
     return sorted(keepers), sorted(hooks)
 
-# %% ../nbs/15_coexist.ipynb #375393c6
+# %% ../nbs/15_coexist.ipynb #08f927e1
 def check_readers(
     module,   # denoiser
     anatomy,  # Anatomy; None where the output itself is forecast
     warn,     # called with a text
 ):
-    "A `RuntimeError` if somebody reads the attention maps of blocks that are to be skipped; a warning if hooks wait for them"
+    "A `RuntimeError` if somebody reads the attention maps of blocks to be skipped; a warning if hooks wait for them"
     keepers, hooks = readers_of(blocks_of(module, anatomy) if anatomy else [*module.children()])
     if keepers:
         raise RuntimeError(f'{", ".join(keepers)} keeps attention maps for somebody who reads them at every step '
@@ -165,7 +165,9 @@ class Adapters:
 def beneath_offloading(
     module,  # nn.Module
 ):
-    "While this lasts, `module.forward` is what accelerate's offloading wraps, not the wrapper, which it takes off and puts on again at its own times"
+    """While this lasts, `module.forward` is what accelerate's offloading wraps, not the wrapper
+
+    Accelerate takes its wrapper off and puts it on again at its own times."""
     outer = vars(module).get('forward') if '_old_forward' in vars(module) else None
     if outer: module.forward = module._old_forward
     try: yield
@@ -187,7 +189,9 @@ def own_registry(
 
 # %% ../nbs/15_coexist.ipynb #932cf7b7
 class Reference(HookFunctionReference):
-    "Diffusers' pointer to what Spectrum calls: when a hook beneath is taken away, `forward` is set anew, and that must not replace Spectrum"
+    """Diffusers' pointer to what Spectrum calls
+
+    When a hook beneath is taken away, `forward` is set anew, and that must not replace Spectrum."""
     forward = property(lambda self: self.spectrum, lambda self, value: setattr(self, 'original_forward', value))
 
     @classmethod
@@ -199,7 +203,9 @@ class Reference(HookFunctionReference):
 def meshes_of(
     module,  # denoiser
 ):           # tuple of device meshes
-    "The processes among which the denoiser's weights (FSDP, tensor parallelism) or its sequence (context parallelism) are divided"
+    """The processes among which the denoiser is divided
+
+    They share its weights (FSDP, tensor parallelism), or its sequence (context parallelism)."""
     parallel = getattr(getattr(module, '_parallel_config', None), 'context_parallel_config', None)
     found = ([parallel._mesh] if parallel is not None else []) + [p.device_mesh for p in module.parameters()
                                                                   if hasattr(p, 'device_mesh')]

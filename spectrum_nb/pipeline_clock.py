@@ -53,7 +53,7 @@ def calling_pipeline(
     denoiser,  # nn.Module
     otherwise, # pipeline to take if none is found
 ):             # (pipeline, number of its call or None, what its loop goes over, or its state if it is modular, or None)
-    "The pipeline that is calling `denoiser`: the nearest on the call stack that holds it. Two pipelines may share one denoiser"
+    "The pipeline that is calling `denoiser`: the nearest on the call stack that holds it"
     frame, found, times = sys._getframe(1), None, None
     while frame := frame.f_back:
         code = frame.f_code
@@ -135,7 +135,9 @@ def place_of(scheduler, timestep):
 
 # %% ../nbs/12_pipeline_clock.ipynb #3c4263df
 def begin_of(scheduler, timestep=None):
-    "The first of a scheduler's timesteps that a run uses, seen from its first call: `begin_index`, where a pipeline sets it, else the place of the call's time"
+    """The first of a scheduler's timesteps that a run uses, seen from its first call
+
+    It is `begin_index`, where a pipeline sets it, else the place of the call's time."""
     begin = getattr(scheduler, 'begin_index', None)
     return begin if begin is not None else 0 if hasattr(scheduler, 'counter') else place_of(scheduler, timestep) or 0
 
@@ -157,7 +159,9 @@ def noise_of(
 def levels_of(
     scheduler,  # diffusers scheduler with its timesteps set
 ):              # tuple with one more than those, from 0 to 1; or None, where it does not tell
-    "The share of noise before each of a scheduler's timesteps and after the last: its `sigmas`, or what its `alphas_cumprod` mean"
+    """The share of noise before each of a scheduler's timesteps and after the last
+
+    It is told by the `sigmas`, or by what the `alphas_cumprod` mean."""
     levels, times = getattr(scheduler, 'sigmas', None), scheduler.timesteps
     if levels is not None and 0 < len(levels) - len(times) < 4:                               # some repeat the last
         return tuple(noise_shares(torch.as_tensor(levels).tolist()[:len(times) + 1]).tolist())
@@ -173,7 +177,9 @@ def levels_of(
 def is_flow(
     scheduler,  # diffusers scheduler with its timesteps set
 ):              # bool
-    "Whether its noise levels are shares of noise in the sample, and the sample a mixture by shares; else noise is added to the clean sample, and the sum scaled"
+    """Whether its noise levels are shares of noise in the sample, and the sample a mixture by shares
+
+    Else noise is added to the clean sample, and the sum scaled."""
     levels = getattr(scheduler, 'sigmas', None)
     if levels is None: return not hasattr(scheduler, 'alphas_cumprod')
     return float(torch.as_tensor(levels).max()) <= 1 + 1e-6

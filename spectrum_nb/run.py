@@ -37,14 +37,14 @@ class Run:
         context='',              # its name
         moment=None,             # Moment at which it begins
         settings=RunSettings(),
-        meshes=(),               # of processes that share the denoiser's weights or its sequence: they must decide alike
+        meshes=(),               # of processes that share the denoiser's weights or its sequence
         adapters=None,           # Adapters of the denoiser
     ):
         moment = moment or Moment(None, plan.n_steps)
         self.context, self.settings, self.meshes, self.adapters = context, settings, meshes, adapters
         # what the clock calls this run; step of the pipeline's run at which this one begins
         self.key, self.first = moment.run, moment.first
-        # noise levels of its steps, where the sampler tells; steps of the pipeline's run, which may be a denoiser's share
+        # noise levels of its steps, where the sampler tells; steps of the pipeline's run, of which this is a share
         self.sigmas, self.whole = moment.sigmas, moment.whole or moment.n_steps
         self.n_steps, self.step, self.done = plan.n_steps, 0, False       # `step` is the next one
         self.passes, self.fallbacks, self.errors, self.forced, self.nbytes = [], {}, {}, set(), 0
@@ -86,7 +86,7 @@ def narrowest(
     feature,    # tensor that a head was given
     signature,  # of the sample that the denoiser was given
 ):              # dtype that holds the feature without loss
-    "The precision of the model, where its head is given a wider copy of what the blocks returned; else the feature's own"
+    "The precision of the model, where its head is given a wider copy of what the blocks gave; else the feature's own"
     told = signature and len(signature) == 3 and isinstance(signature[1], torch.dtype)
     dtype = signature[1] if told else feature.dtype
     narrower = dtype.is_floating_point and dtype.itemsize < feature.dtype.itemsize
@@ -120,10 +120,10 @@ def in_any(self:Run, flag):
             flag = bool(flags)
     return flag
 
-# %% ../nbs/14_run.ipynb #69bc6e17
+# %% ../nbs/14_run.ipynb #0c8dc030
 @patch
 def weigh(self:Run, rows, i):
-    "The tensors of the feature that row i of the plan's weights or checks makes, or None if a pass that it needs is missing"
+    "The feature that row i of the plan's weights or checks makes, or None if a pass that it needs is missing"
     at = i - self.start
     if not self.follows[at]: h = [h.forecast(rows[at]) for h in self.histories]
     else: h = [h.damped(rows[at], self.plan.slopes[at], self.steadiness.damping) for h in self.histories]

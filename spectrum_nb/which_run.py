@@ -12,9 +12,11 @@ from threading import get_ident
 import torch
 from fastcore.basics import patch
 
-# %% ../nbs/15c_which_run.ipynb #1af7399d
+# %% ../nbs/15c_which_run.ipynb #2a2bf6a6
 class Calls(namedtuple('Calls', 'key step time n before unsure checked', defaults=(1, 1, False, False))):
-    "How often a context was called at a step of a run (`n`) and at the step before; whether those may be calls of two runs, and whether this step tells"
+    """How often a context was called at a step of a run (`n`) and at the step before
+
+    `unsure` is whether those may be calls of two runs, `checked` whether this step tells."""
     __slots__ = ()
 
     def following(self, moment, time):
