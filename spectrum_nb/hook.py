@@ -45,29 +45,6 @@ class SpectrumHook(ModelHook):
         # set by diffusers' cache_context; the thread that is inside
         self.contexts, self.callers = StateManager(dict), {}
 
-    @property
-    def clock(self): return self.finder.clock
-    @clock.setter
-    def clock(self, clock): self.finder.clock = clock
-
-    def initialize_hook(self, module):
-        "Diffusers puts the hook on: attach to the heads"
-        self.executor.heads.attach()
-        forget_compiled(module)
-        return module
-
-    def deinitalize_hook(self, module):
-        "Diffusers takes it off: let go of the heads"
-        self.executor.detach()
-        forget_compiled(module)
-        return module
-
-    def reset_state(self, module=None): self.finder.reset()
-
-    def __reduce_ex__(self, protocol):
-        raise RuntimeError('a denoiser cannot be copied or pickled while Spectrum is applied: the copy would share '
-                           'its runs; remove() first, save_pretrained works')
-
     @torch.compiler.disable(recursive=False, reason=FULLGRAPH)
     def new_forward(self, module, *args, **kwargs):
         if self.callers.setdefault('now', get_ident()) != get_ident():
@@ -87,6 +64,26 @@ class SpectrumHook(ModelHook):
             self.keep(run, i, feature)
         self.over(run, i)
         return out
+
+    clock = property(lambda self: self.finder.clock, lambda self, clock: setattr(self.finder, 'clock', clock))
+
+    def initialize_hook(self, module):
+        "Diffusers puts the hook on: attach to the heads"
+        self.executor.heads.attach()
+        forget_compiled(module)
+        return module
+
+    def deinitalize_hook(self, module):
+        "Diffusers takes it off: let go of the heads"
+        self.executor.detach()
+        forget_compiled(module)
+        return module
+
+    def reset_state(self, module=None): self.finder.reset()
+
+    def __reduce_ex__(self, protocol):
+        raise RuntimeError('a denoiser cannot be copied or pickled while Spectrum is applied: the copy would share '
+                           'its runs; remove() first, save_pretrained works')
 
 # %% ../nbs/16_hook.ipynb #f897f197
 MORE_STEPS = ('this run has more than the {} steps that were said: those beyond run in full. '
