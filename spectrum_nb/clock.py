@@ -120,7 +120,7 @@ def like(self:TimeClock, run, shape, head, me):
     like = alike(head, run.head) if shape == run.shape else None
     return like if like is not None else run.thread == me or shape == run.shape
 
-# %% ../nbs/11_clock.ipynb #112f7805
+# %% ../nbs/11_clock.ipynb #179d3980
 @patch
 def continued(self:TimeClock,
     known,              # BareRuns of the call's context
@@ -134,7 +134,8 @@ def continued(self:TimeClock,
         if not again and not self.fits(r, time, way): continue
         like = (again and mine and len(known) == 1) or self.like(r, shape, head, me)
         if like or (again and mine): found.append((like, mine, r))       # a second call may be another tile's
-    return max(found, key=lambda f: f[:2])[-1] if found else None
+    if len(found) > 1: return max(found, key=lambda f: f[:2])[-1]
+    return found[0][-1] if found else None
 
 # %% ../nbs/11_clock.ipynb #5b1f76e5
 @patch

@@ -143,7 +143,7 @@ def forget(self:RunFinder, key, since, sure, name):
         for n in before.keys() - self.runs.keys() - {name}: self.clock.forget(n)
     self.calls = {n: c for n, c in [*self.calls.items()][-self.KEPT:] if c.key is key or not sure}
 
-# %% ../nbs/15c_which_run.ipynb #85dd2050
+# %% ../nbs/15c_which_run.ipynb #1f76d7b6
 @patch
 def find(self:RunFinder,
     time,        # that the call was given
@@ -154,7 +154,8 @@ def find(self:RunFinder,
     self.settle()
     self.ticks += 1
     moment = self.clock.now(time, context, sample)
-    step, name = moment.step, ' '.join(filter(None, (context, moment.kind)))
+    step, kind = moment.step, moment.kind
+    name = f'{context} {kind}' if context and kind else context or kind
     if step is None:                                   # calls are counted: one after another
         run, self.pending = self.run_of(moment, name), (name, None)
         return run, run.step, moment
