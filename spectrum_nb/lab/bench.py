@@ -28,7 +28,7 @@ from .captions import held_captions
 from ..methods import step_seconds
 from ..plan import make_plan
 from ..presets import call_defaults, load_pipeline
-from ..run import Run
+from ..run import Run, RunSettings
 from ..settings import SpectrumConfig
 
 # %% ../../nbs/43_bench.ipynb #73f3743e
@@ -60,7 +60,7 @@ def textbook_forecast(
 def forecast_case(kind, n_features, dtype, device, repeats):
     "Seconds of one way to forecast at step 49, and its peak memory over the history's own"
     plan = make_plan(SpectrumConfig.paper(blend=1), 50)
-    run, small = Run(plan, '', None, measure=False), Run(plan, '', None, measure=False)
+    run, small = [Run(plan, settings=RunSettings(measure=False)) for _ in range(2)]
     torch.manual_seed(0)
     feature = torch.empty(n_features, dtype=dtype, device=device)
     for p in plan.passes:

@@ -10,8 +10,8 @@ import diffusers
 import torch
 
 from ..apply import apply_spectrum, find_denoisers
-from ..clock import noise_of
 from .captions import held_captions, quality
+from ..pipeline_clock import noise_of
 from ..plan import make_plan
 from ..presets import call_defaults, load_pipeline
 from ..settings import SpectrumConfig
