@@ -23,8 +23,8 @@ from torch import nn
 
 from spectrum_nb.anatomy import ToyDenoiser, find_anatomy
 from spectrum_nb.apply import apply_spectrum, find_denoisers
-from spectrum_nb.calibrate import record, set_up
-from spectrum_nb.calibration import Calibration, shipped_calibration
+from spectrum_nb.calibrate import record
+from spectrum_nb.calibration import Calibration, set_up, shipped_calibration
 from spectrum_nb.clock import unwrapped
 from spectrum_nb.lab.any_denoiser import EXAMPLES, denoiser_classes
 from spectrum_nb.plan import make_plan
