@@ -21,16 +21,18 @@ from transformers.utils import logging as transformers_logging
 
 from .calibrate import record
 from .checks import check_number
-from .cli_settings import check_name, check_plan, check_seeds, config_of, plan_of, read_budgets, said_of
+from .cli_settings import (check_name, check_plan, check_seeds, config_of, is_ours, plan_of, read_budgets,
+                                      said_of)
 from .figures import save_figure
 from .files import first_line, provenance, read_json, save_json
 from .kept import digest, forget_kept
 from .lab.captions import held_captions, mixed_captions, seen_captions
-from .lab.commands import bench, demo, is_ours, train
-from .options import SetUp, applied_of, check_counts, picked, takes
+from .lab.commands import bench, demo, train
+from .options import check_counts, picked, takes
 from .quiet import hushed, noted
 from .runs import (all_jobs, compare_folders, comparison_strip, for_batch, make_samples, read_prompts,
                               sample_all, save_sample, summarise)
+from .set_up import SetUp, applied_of
 from .trials import try_plans
 from .tune import PROMPTS, make_card, split_prompts
 
