@@ -19,10 +19,9 @@ from fastcore.script import Param
 
 from .apply import find_denoisers
 from .checks import check_device, check_number
-from .clock import scheduler_of
 from .files import first_line, read_json
 from .options import (DTYPES, QUANTIZERS, check_counts, check_quantize, check_scheduler, check_word,
-                                 is_there, read_loras, read_settings)
+                                 is_there, read_loras, read_settings, scheduler_of)
 from .placement import OFFLOADS, place
 from .presets import call_defaults, find_preset, load_pipeline
 

@@ -259,7 +259,7 @@ def test_pictures_as_arguments(what, tmp_path, monkeypatch):
                       SpectrumConfig(n_passes=3), call) == (1, 0, [])
 
 def test_a_picture_from_the_command_line(tmp_path, capsys):
-    from spectrum_nb.cli import sample
+    from spectrum_nb.sampling import sample
     pipe, _ = tiny('tiny-flux')
     diffusers.FluxImg2ImgPipeline(**pipe.components).save_pretrained(tmp_path/'model')
     picture().save(tmp_path/'picture.png')
