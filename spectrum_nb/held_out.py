@@ -14,7 +14,7 @@ import numpy as np
 from .files import read_json, save_json
 from .methods import Method, step_seconds
 from .metrics import fidelity, finite_mean, still
-from .runs import for_batch, load_sample, save_sample
+from .samples import for_batch, load_sample, save_sample
 
 # %% ../nbs/56f_held_out.ipynb #17533be4
 def draw_timed(

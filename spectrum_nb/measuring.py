@@ -19,7 +19,7 @@ from .files import read_json
 from .kept import forget_kept
 from .lab.captions import held_captions, mixed_captions, seen_captions
 from .options import check_counts, picked, takes
-from .runs import for_batch, read_prompts
+from .samples import for_batch, read_prompts
 from .set_up import SetUp, applied_of
 from .trials import try_plans
 from .tune import PROMPTS, make_card, split_prompts

@@ -20,8 +20,8 @@ from .figures import save_figure
 from .files import provenance, save_json
 from .kept import digest
 from .options import check_counts, picked, takes
-from .runs import (all_jobs, compare_folders, comparison_strip, make_samples, read_prompts, sample_all,
-                              save_sample, summarise)
+from .runs import compare_folders, comparison_strip, sample_all, summarise
+from .samples import all_jobs, make_samples, read_prompts, save_sample
 from .set_up import SetUp, applied_of
 
 # %% ../nbs/58b_sampling_commands.ipynb #ccf3ae05

@@ -24,7 +24,8 @@ from .held_out import decibels, draw_held_out, draw_timed, table_of, unit_file, 
 from .kept import digest
 from .methods import Method, comparison_figure
 from .metrics import lpips_metric
-from .runs import Job, claim, for_batch
+from .runs import claim
+from .samples import Job, for_batch
 from .schedule import passes_for
 
 # %% ../nbs/57_tune.ipynb #7913a41d

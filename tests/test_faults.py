@@ -40,7 +40,7 @@ from spectrum_nb.plan import Plan, make_plan
 from spectrum_nb.presets import load_pipeline
 from spectrum_nb.report import RunStats
 from spectrum_nb.run import Run
-from spectrum_nb.runs import read_prompts
+from spectrum_nb.samples import read_prompts
 from spectrum_nb.schedule import SCHEDULES, Listed, NoiseQuantiles
 from spectrum_nb.settings import SpectrumConfig
 
@@ -483,7 +483,7 @@ def test_no_history_survives_a_run_however_it_ends(config, runs, kind, named, se
 # Threads
 
 def picture(pipe, seed, config, n_steps=10):
-    from spectrum_nb.runs import make_sample
+    from spectrum_nb.samples import make_sample
     return make_sample(pipe, 'a large red circle at the centre on a blue background', seed, n_steps, config,
                        dict(height=32, width=32, guidance_scale=2.5, max_sequence_length=16))
 
@@ -815,7 +815,7 @@ def test_a_png_of_a_gigantic_size_is_refused(samples, tmp_path):
 
 @pytest.fixture(scope='module')
 def film(tmp_path_factory):
-    from spectrum_nb.runs import save_sample
+    from spectrum_nb.samples import save_sample
     return save_sample(
         np.random.default_rng(0).random((4, 32, 32, 3)),
         tmp_path_factory.mktemp('film')/'one', exact=True)
@@ -867,12 +867,12 @@ def test_any_bytes_are_prompts_or_refused(data):
     finally: path.unlink()
 
 def test_a_prompt_listed_many_times_gets_as_many_names_at_once():
-    from spectrum_nb.runs import all_jobs
+    from spectrum_nb.samples import all_jobs
     assert [j.nth for j in all_jobs(['a', 'b', 'a']*50_000, [0])][-3:] == [99_998, 49_999, 99_999]
 
 def test_nul_bytes_and_huge_lines_are_a_prompt(tmp_path):
     (tmp_path/'p.txt').write_bytes(b'a\0b\n' + b'x'*10_000_000)
-    from spectrum_nb.runs import all_jobs
+    from spectrum_nb.samples import all_jobs
     assert [len(j.prompt) for j in all_jobs(read_prompts(tmp_path/'p.txt'), [0])] == [3, 10_000_000] and all(
         len(j.name) < 70 for j in all_jobs(read_prompts(tmp_path/'p.txt'), [0]))
 

@@ -29,7 +29,8 @@ from spectrum_nb.clock import unwrapped
 from spectrum_nb.lab.any_denoiser import EXAMPLES, denoiser_classes
 from spectrum_nb.plan import make_plan
 from spectrum_nb.presets import call_defaults, load_pipeline
-from spectrum_nb.runs import all_jobs, make_sample, sample_all
+from spectrum_nb.runs import sample_all
+from spectrum_nb.samples import all_jobs, make_sample
 from spectrum_nb.settings import SpectrumConfig
 
 torch.set_num_threads(1)
