@@ -117,7 +117,8 @@ def calibrated_within(
     progress.stage('calibrating')
     progress.expect(calibration_cost(*where, effort)*full_seconds + later)
     try:
-        with watched(pipe, deadline, progress.tick): made = _calibrate(pipe, texts, n_steps, budgets, effort, parts, call)
+        with watched(pipe, deadline, progress.tick):
+            made = _calibrate(pipe, texts, n_steps, budgets, effort, parts, call)
     except TimeUp:
         return None, 'calibrated: the budget was spent before it was done; the same command with a larger one goes on'
     except ValueError as e: return None, f'calibrated: {first_line(e)}'

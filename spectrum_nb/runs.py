@@ -46,7 +46,8 @@ def sample_all(
     applied = applied if config is not None else {}
     with _steps_below(pipe):
         for batch in tqdm(batches(todo, num), desc=folder.name, position=0, disable=not state.is_local_main_process):
-            draw = lambda: make_samples(pipe, batch[0].prompt, [j.seed for j in batch], n_steps, config, call, **applied)
+            seeds = [job.seed for job in batch]
+            draw = lambda: make_samples(pipe, batch[0].prompt, seeds, n_steps, config, call, **applied)
             notes = dict(settings=settings) | provenance(pipe.device)
             failed += _make_batch(batch, draw, folder, notes, fps, reference, exact)
     return len(todo) - len(failed), len(mine) - len(todo), failed
@@ -154,7 +155,7 @@ def summarise(
 
 # %% ../nbs/52_runs.ipynb #0e3cb529
 def spread(scores):
-    "{name: mean, name_std: standard deviation over samples} of a list of dicts; equal samples have no finite PSNR and are left out of its mean"
+    "{name: mean, name_std: standard deviation} of a list of dicts; a PSNR that is not finite is left out of its mean"
     out = {k: [s[k] for s in scores if s[k] is not None and np.isfinite(s[k])] for k in scores[0]}
     return {k: finite_mean(v, None)
             for k, v in out.items()} | {f'{k}_std': float(np.std(v)) if v else None for k, v in out.items()}
@@ -182,7 +183,7 @@ def compare_folders(
     a,  # folder of samples to judge
     b,  # folder of the samples to judge them by
 ):      # (dict of mean and spread over pairs, list of (name, dict of scores))
-    "PSNR, SSIM and relative error between the samples of two folders that have the same prompt and seed; of clips without loss where a folder keeps them, else with what MP4 costs"
+    "How near the samples of two folders are that have the same prompt and seed; of clips the ones without loss, if kept"
     left, right = finished(a), finished(b)
     common = [n for n in left if n in right]
     if not common:

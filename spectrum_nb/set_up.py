@@ -45,7 +45,7 @@ def guidance_names(
     takes,     # names of the arguments of a pipeline's call
     call=(),   # arguments that are given by default
 ):             # list of the arguments that a guidance scale is
-    "True guidance where a pipeline has it and its preset uses it, else the plain one, of both denoisers if there are two"
+    "True guidance where a pipeline has it and its preset uses it, else the plain one, of each denoiser"
     if 'true_cfg_scale' in call and 'guidance_scale' not in call: return ['true_cfg_scale']
     plain = [k for k in ('guidance_scale', 'guidance_scale_2') if k in takes and (k == 'guidance_scale' or k in call)]
     return plain or [k for k in ('true_cfg_scale',) if k in takes]
@@ -176,7 +176,7 @@ def load(self:SetUp):
 # %% ../nbs/56c_set_up.ipynb #2bd6e6ea
 @patch
 def call(self:SetUp, pipe):
-    "Arguments of the call: the model's defaults, with what is given in their place; a `ValueError` for too small a side"
+    "Arguments of the call: the model's defaults, with what is given in their place; a `ValueError` for a small side"
     self.check_call(type(pipe))
     # denoisers take latents in pairs
     least = 2*(getattr(pipe, 'vae_scale_factor_spatial', None) or getattr(pipe, 'vae_scale_factor', 1))
