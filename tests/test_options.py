@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from spectrum_nb.candidates import candidates
 from spectrum_nb.cli import main
+from spectrum_nb.presets import load_pipeline
 
 COMMAND = Path(sys.executable).with_name('spectrum-nb')
 ONE_THREAD = os.environ | dict(OMP_NUM_THREADS='1')
@@ -74,6 +76,28 @@ def test_bench_has_sub_commands(tmp_path, monkeypatch, capsys):
     one, two = (json.loads((tmp_path/f).read_text())['tables'] for f in ('bench.json', 'too.json'))
     assert one == two
     assert one
+
+
+def test_an_unfinished_table_that_was_measured_otherwise_is_refused_and_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    there = dict(tables={'tiny-sd3': {'20 steps': [dict(psnr=1.)]}}, unfinished=True,
+                 provenance=dict(command='spectrum-nb bench --what few --prompts 1 --out few.json', device='none'))
+    for what in ('few', 'cost', 'loop'):
+        (tmp_path/'other.json').write_text(json.dumps(there))
+        assert main(['bench', what, '--out', 'other.json']) == 2
+        said = capsys.readouterr()
+        assert said.err.count('\n') == 1 and not said.out, said.err
+        for words in ("device was 'none', now 'CPU", '--out few.json', 'give another --out, or remove the file'):
+            assert words in said.err, said.err
+        assert json.loads((tmp_path/'other.json').read_text()) == there
+
+
+@pytest.mark.parametrize('model', ['tiny-flux', 'flux'])
+def test_what_a_report_card_pastes_can_be_imported(model):
+    ways = candidates(load_pipeline('tiny-flux', 'cpu'), model, 50, (3.5, 5))
+    lines = [line for way in ways for line in way.code.split('\n') if line.startswith('from ')]
+    assert any('second_order' in line for line in lines)
+    for line in lines: exec(line, {})
 
 
 @pytest.mark.parametrize('command', ['sample', 'run', 'calibrate', 'tune'])

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from spectrum_nb.cli import main
-from spectrum_nb.runs import load_sample
+from spectrum_nb.samples import load_sample
 from spectrum_nb.settings import SpectrumConfig
 
 root = Path(__file__).parents[1]
