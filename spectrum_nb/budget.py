@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 
 from .apply import find_denoisers
 from .calibrate import record
-from .calibration import PLACES, Calibration
+from .calibration import Calibration
+from .calibration_record import PLACES
 from .files import first_line
 from .kept import forget_kept
 from .trials import CANDIDATES, try_plans

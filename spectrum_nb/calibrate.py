@@ -19,10 +19,10 @@ from .apply import apply_spectrum, find_denoisers
 from .calibration import Calibration
 from .calibration_record import set_up
 from .checks import check_number
-from .clock import levels_of
 from .files import provenance
 from .gram import choose_shrinkage
 from .kept import check_kept, kept
+from .pipeline_clock import levels_of
 from .plan import Plan
 from .recording import Sketch, gains_between, listening, measure_gains, response_of
 

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .clock import Moment
-from .schedule import noise_shares
+from .noise_gaps import noise_shares
 
 # %% ../nbs/12_pipeline_clock.ipynb #e644f918
 def inner_of(

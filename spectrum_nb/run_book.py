@@ -41,9 +41,10 @@ class RunBook:
 
 # %% ../nbs/15b_run_book.ipynb #9f5b79f2
 @patch
-def plan_for(self:RunBook, n_steps, rest=False, sigmas=None, whole=None):
-    "The plan of a run of `n_steps`, or of the `rest` of one whose history was lost, where the `whole` has more"
-    key = n_steps, rest, sigmas, whole
+def plan_for(self:RunBook, n_steps, rest=False, sigmas=None, whole=None, first=0):
+    """The plan of a run of `n_steps`, or of the `rest` of one whose history was lost; where the `whole` has more steps,
+    it is the share of one of several denoisers, from step `first` of the whole on"""
+    key = n_steps, rest, sigmas, whole, first
     if key not in self._plans:
         while len(self._plans) >= self.KEPT_PLANS: del self._plans[next(iter(self._plans))]
         self._plans[key] = self._new_plan(*key)
@@ -51,8 +52,8 @@ def plan_for(self:RunBook, n_steps, rest=False, sigmas=None, whole=None):
 
 # %% ../nbs/15b_run_book.ipynb #c3d45b44
 @patch
-def _new_plan(self:RunBook, n_steps, rest, sigmas, whole):
-    if isinstance(self.config, Plan): return _given_plan(self.config, n_steps, rest)
+def _new_plan(self:RunBook, n_steps, rest, sigmas, whole, first):
+    if isinstance(self.config, Plan): return _given_plan(self.config, n_steps, rest, whole, first)
     plan = make_plan(self.config.share(n_steps/whole) if whole else self.config, n_steps, sigmas)
     # once for each length: plans are kept
     if len(plan.passes) == n_steps and not rest and not _all_wanted(self.config, n_steps):
@@ -62,10 +63,12 @@ def _new_plan(self:RunBook, n_steps, rest, sigmas, whole):
     return plan
 
 # %% ../nbs/15b_run_book.ipynb #0d6dffda
-def _given_plan(plan, n_steps, rest):
-    "A user's own plan, which fits one length; what is left of a run whose history was lost has passes only"
+def _given_plan(plan, n_steps, rest, whole=None, first=0):
+    """A user's own plan, which fits one length; of a plan for the whole run each denoiser follows its part.
+    What is left of a run whose history was lost has passes only"""
     if rest: return make_plan(SpectrumConfig(speedup=1), n_steps)
     if plan.n_steps == n_steps: return plan
+    if plan.n_steps == whole: return plan.part(first, n_steps)
     raise ValueError(f'the plan is for {plan.n_steps} steps but the run has {n_steps}; '
                      f'make_plan(config, n_steps={n_steps}), or pass the config itself')
 
@@ -84,7 +87,7 @@ def new_run(self:RunBook,
     anatomy=None,  # Anatomy; None where the output itself is forecast
 ):                 # Run
     "The run that begins at a moment"
-    plan = self.plan_for(moment.n_steps, sigmas=moment.sigmas, whole=moment.whole)
+    plan = self.plan_for(moment.n_steps, sigmas=moment.sigmas, whole=moment.whole, first=moment.first)
     if moment.noisy and isinstance(self.config, SpectrumConfig) and len(plan.passes) < plan.n_steps:
         raise ValueError(f'{moment.noisy} adds noise at every step: features then jump, and their forecasts are '
                          f'worthless (measured on the page "samplers"). Use a deterministic scheduler, or fewer '

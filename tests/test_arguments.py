@@ -11,8 +11,9 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 
 import spectrum_nb
 from spectrum_nb.calibrate import record
-from spectrum_nb.cli import sample
-from spectrum_nb.runs import all_jobs, make_sample, sample_all
+from spectrum_nb.runs import sample_all
+from spectrum_nb.samples import all_jobs, make_sample
+from spectrum_nb.sampling import sample
 from spectrum_nb.settings import SpectrumConfig
 
 from pipelines import fixed, picture, quiet, random_denoiser, stubbed, tiny_pipeline

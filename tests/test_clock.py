@@ -8,7 +8,7 @@ import torch
 from hypothesis import example, given, strategies as st
 
 from spectrum_nb.apply import apply_spectrum
-from spectrum_nb.clock import PipelineClock
+from spectrum_nb.pipeline_clock import PipelineClock
 
 from oracle import Oracle, config_of, configs, same_stats
 from profiles import examples

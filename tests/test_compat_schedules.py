@@ -7,9 +7,9 @@ import torch
 from spectrum_nb.anatomy import blocks_of, count_calls
 from spectrum_nb.apply import apply_spectrum
 from spectrum_nb.calibrate import record
-from spectrum_nb.clock import levels_of
 from spectrum_nb.forecast import DampedLine, Newton
 from spectrum_nb.noise_gaps import NoiseSpaced
+from spectrum_nb.pipeline_clock import levels_of
 from spectrum_nb.plan import Plan, make_plan
 from spectrum_nb.presets import call_defaults
 from spectrum_nb.schedule import Even, Listed

@@ -12,7 +12,7 @@ from hypothesis import given, strategies as st
 from torch import nn
 
 from spectrum_nb.lab.training import fit, save_pipeline
-from spectrum_nb.runs import all_jobs, read_prompts, save_sample
+from spectrum_nb.samples import all_jobs, read_prompts, save_sample
 
 from commands import assert_refused, run_command
 from profiles import examples

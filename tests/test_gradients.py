@@ -33,7 +33,7 @@ def test_a_gradient_through_a_forecast_is_refused_when_it_is_asked_for(feature, 
 
 @pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
 def test_without_gradients_nothing_is_asked(mode, monkeypatch):
-    monkeypatch.setattr('spectrum_nb.hook.with_gradient', None)
+    monkeypatch.setattr('spectrum_nb.execute.with_gradient', None)
     model, call = random_denoiser('FluxTransformer2DModel')
     with mode(), apply_spectrum(model, PAPER, N): outs = answers_of(model, call)
     assert not any(out.requires_grad for out in outs)

@@ -9,7 +9,7 @@ import torch
 from diffusers.modular_pipelines import FluxAutoBlocks
 
 from spectrum_nb.apply import apply_spectrum
-from spectrum_nb.clock import PipelineClock
+from spectrum_nb.pipeline_clock import PipelineClock
 from spectrum_nb.settings import SpectrumConfig
 
 from pipelines import latents, picture, quiet, random_denoiser, tiny_pipeline

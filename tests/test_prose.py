@@ -11,7 +11,8 @@ import ast
 import pytest
 
 import spectrum_nb
-from spectrum_nb.apply import SpectrumHandle, apply_spectrum
+from spectrum_nb.apply import apply_spectrum
+from spectrum_nb.handle import SpectrumHandle
 from spectrum_nb.plan import make_plan
 from spectrum_nb.settings import SpectrumConfig
 

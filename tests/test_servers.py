@@ -21,18 +21,18 @@ pytestmark = pytest.mark.filterwarnings('ignore')
 
 def test_every_cache_is_bounded():
     with apply_spectrum(toy := Toy(), SpectrumConfig(speedup=2), N) as run:
-        hook = run.hooks[0]
+        finder, book = run.hooks[0].finder, run.book
         for n in range(2, 300): run.plan_for(n, sigmas=tuple(np.linspace(1, 0, n + 1)))
-        assert len(run._plans) <= run.KEPT_PLANS
+        assert len(book._plans) <= book.KEPT_PLANS
 
         for k in range(700):
             with toy.cache_context(f'request {k}'): loop(toy, range(2))
-        assert len(hook.runs) <= 2*hook.KEPT
-        assert len(hook.calls) <= 2*hook.KEPT
-        assert len(hook.clock.known) <= 64
+        assert len(finder.runs) <= 2*finder.KEPT
+        assert len(finder.calls) <= 2*finder.KEPT
+        assert len(finder.clock.known) <= 64
 
-        for _ in range(run.KEPT_STATS + 10): run.note(None)
-        assert len(run.stats) <= run.KEPT_STATS
+        for _ in range(book.KEPT_STATS + 10): book.note(None)
+        assert len(run.stats) <= book.KEPT_STATS
 
 
 def test_memory_is_flat_over_requests_of_any_size_and_length():

@@ -11,14 +11,15 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from spectrum_nb.apply import SpectrumHandle, apply_spectrum
-from spectrum_nb.clock import PipelineClock
+from spectrum_nb.apply import apply_spectrum
+from spectrum_nb.handle import SpectrumHandle
 from spectrum_nb.history import History
 from spectrum_nb.hook import SpectrumHook
+from spectrum_nb.pipeline_clock import PipelineClock
 from spectrum_nb.plan import Plan
 from spectrum_nb.report import RunStats
 from spectrum_nb.run import Run
-from spectrum_nb.runs import make_sample
+from spectrum_nb.samples import make_sample
 from spectrum_nb.settings import SpectrumConfig
 
 from profiles import NIGHTLY, examples

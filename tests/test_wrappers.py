@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from spectrum_nb.apply import apply_spectrum
-from spectrum_nb.clock import unwrapped
+from spectrum_nb.pipeline_clock import unwrapped
 
 from pipelines import latents, random_denoiser, relative, tiny_pipeline
 from toys import N, PAPER, PASSES, Cancelled, Shell, Toy, answers_right, loop, state_of

@@ -16,12 +16,12 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from tqdm.auto import tqdm
 
 from ..apply import apply_spectrum
-from ..clock import levels_of
 from ..forecast import Blend
 from .captions import held_captions, quality
 from .variations import axis_plan, forecasting_residual, rounded_plan, with_passes, with_settings
 from ..metrics import fidelity
 from ..noise_gaps import NoiseSpaced
+from ..pipeline_clock import levels_of
 from ..plan import make_plan
 from ..presets import call_defaults, load_pipeline
 from ..report import passes_of

@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 
 from ..anatomy import ANATOMIES, blocks_of, count_calls, find_anatomy, head_hook, without
 from ..apply import apply_spectrum
+from ..call import is_feature
 from ..clock import CallClock
-from ..coexist import is_feature
 from .clip_denoisers import CLIPS
 from .other_denoisers import OTHERS
 from .picture_denoisers import PICTURES

@@ -9,11 +9,11 @@ __all__ = ['EARLY', 'FEW', 'FORMS', 'SET_UPS', 'early_cell', 'early_jobs', 'few_
 from functools import partial
 from itertools import product
 
-from ..clock import levels_of
 from ..forecast import Blend, Chebyshev, DampedLine, Newton
 from .hard import PUBLISHED, drawn_by, score
 from ..methods import Method
 from ..noise_gaps import NoiseQuantiles, NoiseSpaced, PowerSpaced
+from ..pipeline_clock import levels_of
 from ..plan import make_plan
 from ..presets import TINY
 from ..schedule import Even, Growing

@@ -12,13 +12,13 @@ import torch
 
 from ..apply import apply_spectrum
 from ..chebyshev import basis, rescaled_time
-from ..clock import levels_of
 from ..forecast import FORECASTERS
 from .ablations import BASES
 from .captions import held_captions
 from .variations import axis_times
 from ..metrics import still
 from ..noise_gaps import NoiseSpaced
+from ..pipeline_clock import levels_of
 from ..plan import Plan, make_plan
 from ..presets import call_defaults, load_pipeline
 from ..settings import SpectrumConfig

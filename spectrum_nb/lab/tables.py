@@ -18,8 +18,9 @@ from .ablations import ablations_bench
 from .bench import forecast_bench, loops_bench
 from .calibrated import BUDGETS, calibrated_bench, predicted_bench, transfer_bench
 from .cost import cost_jobs
+from .early_few import early_jobs, few_jobs, forms_jobs
 from .features import features_bench
-from .hard import early_jobs, few_jobs, forms_jobs, hard_jobs
+from .hard import hard_jobs
 from .peers import peers_bench
 from .real_size import real_size_jobs
 from .rivals import quality_bench
