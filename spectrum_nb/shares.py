@@ -42,8 +42,10 @@ def passes_within(
     sigmas,        # its noise levels, or None
     starts=(0,),   # first steps of the shares
 ):                 # ascending list
-    "The passes of a schedule and the first steps of the shares, so many together"
-    for asked in range(n_passes, max(n_passes - len(starts), 0), -1):
-        passes = sorted({*schedule.with_passes(asked)(n_steps, sigmas), *starts})
-        if len(passes) == n_passes: return passes
-    raise ValueError(f'{n_passes} passes are too few for {len(starts)} denoisers')
+    "The passes of a schedule, of which some are moved to the first steps of the shares"
+    if n_passes < len(starts): raise ValueError(f'{n_passes} passes are too few for {len(starts)} denoisers')
+    passes = {*schedule.with_passes(n_passes)(n_steps, sigmas)}
+    for start in {*starts} - passes:
+        nearest = min(passes - {*starts}, key=lambda p: (abs(p - start), p))
+        passes = passes - {nearest} | {start}
+    return sorted(passes)
