@@ -38,7 +38,7 @@ def search_passes(
 
 # %% ../nbs/35_search.ipynb #7ad790f7
 def best_passes(
-    gap_cost,       # function (tuple of up to `memory` last passes, the next pass or n_steps): cost of the steps between
+    gap_cost,       # function (up to `memory` last passes, the next pass or n_steps): cost of the steps between
     n_steps:int,    # steps n of the run
     n_passes:int,   # passes K
     memory:int=1,   # passes that a gap's cost depends on

@@ -147,4 +147,5 @@ def try_plans(
         trials += _trials(heat, untried, k, forecasters, heats)
         steps += [Steps(k, name, heat.steps(name, sampler, k)) for name, sampler in samplers.items()]
     finite = lambda rows: [row for row in rows if math.isfinite(row.measured)]
-    return replace(calibration, trials=(*calibration.trials, *finite(trials)), steps=(*calibration.steps, *finite(steps)))
+    return replace(calibration, trials=(*calibration.trials, *finite(trials)),
+                   steps=(*calibration.steps, *finite(steps)))

@@ -134,7 +134,7 @@ def candidates(
         add('plain steps', k, None, f'out = pipe(prompt, num_inference_steps={k})')
         if second is not own:
             add(
-                'second-order steps', k, None, 'from spectrum_nb.rivals import second_order\n\n'
+                'second-order steps', k, None, 'from spectrum_nb.samplers import second_order\n\n'
                 f'pipe.scheduler = second_order(pipe.scheduler)\nout = pipe(prompt, num_inference_steps={k})',
                 scheduler=second)
     return found
