@@ -28,18 +28,17 @@ def search_passes(
         )
     cost, passes = lru_cache(None)(cost), tuple(sorted(must))
     with_one = lambda passes: [tuple(sorted((*passes, p))) for p in range(n_steps) if p not in passes]
+    without = lambda passes, p: tuple(q for q in passes if q != p)
     while len(passes) < n_passes: passes = min(with_one(passes), key=cost)
     while True:
-        moves = [
-            m for p in passes if p not in must for m in with_one(tuple(q for q in passes if q != p)) if m != passes
-        ]
+        moves = [m for p in passes if p not in must for m in with_one(without(passes, p)) if m != passes]
         best = min(moves, key=cost, default=passes)
         if not cost(best) < cost(passes)*(1 - 1e-9): return list(passes), cost(passes)
         passes = best
 
 # %% ../nbs/35_search.ipynb #7ad790f7
 def best_passes(
-    gap_cost,       # function (ascending tuple of up to `memory` last passes, the next pass or n_steps) -> cost of the steps between
+    gap_cost,       # function (up to `memory` last passes, the next pass or n_steps): cost of the steps between
     n_steps:int,    # steps n of the run
     n_passes:int,   # passes K
     memory:int=1,   # passes that a gap's cost depends on

@@ -69,7 +69,9 @@ def calibrated_bench(
     calibration=None,# Calibration; by default the shipped one
     converged:int=1000, # steps after which the sampler is taken to have converged
 ):                   # list of rows
-    "Every way to spend the budgets on one model: quality against the full run, for the first quarter of the prompts also against 1000 steps"
+    """Every way to spend the budgets on one model: quality against the full run.
+
+    For the first quarter of the prompts also against 1000 steps."""
     pipe = load_pipeline(model, device)
     call, own = call_defaults(pipe, model), pipe.scheduler
     calibration = calibration or shipped_calibration(model, n_steps)
@@ -147,21 +149,22 @@ def adapted(
     try:
         with torch.no_grad():
             for w in weights:
-                added = torch.randn(w.shape[0], rank, generator=generator)@torch.randn(rank, w.shape[1],
-                                                                                       generator=generator)
+                tall, wide = (w.shape[0], rank), (rank, w.shape[1])
+                added = torch.randn(tall, generator=generator)@torch.randn(wide, generator=generator)
                 w.add_((added*(size*w.norm().cpu()/added.norm())).to(w))
         yield
     finally:
-        with torch.no_grad(): [w.copy_(b) for w, b in zip(weights, before)]
+        with torch.no_grad():
+            for w, b in zip(weights, before): w.copy_(b)
 
 # %% ../../nbs/48_calibrated.ipynb #07b151f8
 def changed(
     model,  # preset of a tiny model
 ):          # {name: (arguments of the call, settings of the scheduler, steps, whether weights are changed)}
     "Settings that differ in one thing from those of the shipped calibration"
-    grid = dict(use_karras_sigmas=True) if model == 'tiny-sdxl' else dict(
-        flow_shift=5.) if model == 'tiny-wan' else dict(use_dynamic_shifting=False, shift=1.5)
-    # its positions end at 32
+    grids = {'tiny-sdxl': dict(use_karras_sigmas=True), 'tiny-wan': dict(flow_shift=5.)}
+    grid = grids.get(model, dict(use_dynamic_shifting=False, shift=1.5))
+    # positions of tiny-sd3 end at 32
     size = {} if model == 'tiny-sd3' else {'48 × 48 pixels': (dict(height=48, width=48), {}, 50, False)}
     return {
         'as calibrated': ({}, {}, 50, False), 'guidance 1.5': (dict(guidance_scale=1.5), {}, 50, False),
@@ -175,8 +178,8 @@ def at_steps(
     n_steps:int,  # steps of another run
 ):                # Plan
     "The plan itself, or straight lines through passes at the same parts of a run of another length"
-    return plan if plan.n_steps == n_steps else taylor_plan(
-        sorted({round(p*(n_steps - 1)/(plan.n_steps - 1)) for p in plan.passes}), n_steps)
+    if plan.n_steps == n_steps: return plan
+    return taylor_plan(sorted({round(p*(n_steps - 1)/(plan.n_steps - 1)) for p in plan.passes}), n_steps)
 
 # %% ../../nbs/48_calibrated.ipynb #26f10fd4
 def transfer_bench(
