@@ -92,6 +92,7 @@ def _triangle(grams):
 # %% ../nbs/38b_calibration_record.ipynb #87441b79
 def _square(values, n):
     "The symmetric matrix of such a list, [1, n, n]"
+    if len(values) != n*(n + 1)//2: raise ValueError(f'{len(values)} numbers do not fill half a matrix of {n} rows')
     g = np.zeros((n, n))
     g[np.tril_indices(n)] = np.array(values, dtype=float)
     return (g + np.tril(g, -1).T)[None]
