@@ -199,7 +199,7 @@ def plan(self:Calibration,
     speedup:float=None,  # steps ÷ passes, at least; or
     max_error:float=None,# predicted relative error, at most: the fewest passes that reach it
     forecaster='best',   # `'best'`: what the trials found best for so many passes; or see `Calibration.forecaster`
-    places=None,         # how pass positions are found: see PLACES; by default as the trials found best, else `'cautious'`
+    places=None,         # how pass positions are found, see PLACES; by default the trials' best, else `'cautious'`
     feature='hidden',    # what is to be forecast: apply_spectrum's `feature`
     must=(0,),           # passes wanted in any case
 ):                       # Plan

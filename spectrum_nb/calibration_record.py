@@ -151,8 +151,9 @@ def _fields(said):
     "The fields of a calibration from what a file says; an error of some kind where anything is wrong"
     response, gains = (np.array(said[k], dtype=float) for k in ('response', 'gains'))
     n = response.shape[-1]
-    numbers = dict(hidden={c: _square(g, n) for c, g in said['hidden'].items()}, output=_square(said['output'], response.size),
-                   response=response, gains=gains)
+    hidden = {c: _square(g, n) for c, g in said['hidden'].items()}
+    output = _square(said['output'], response.size)
+    numbers = dict(hidden=hidden, output=output, response=response, gains=gains)
     trials = tuple(Trial(**t | dict(passes=tuple(t['passes']))) for t in said['trials'])
     steps = tuple(Steps(**s) for s in said.get('steps') or ())
     _check_numbers(**numbers)

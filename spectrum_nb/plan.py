@@ -119,8 +119,8 @@ def part(
     steps = np.s_[begin:begin + n_steps]
     before = np.abs(self.weights[steps, :begin]).any() or np.abs(self.slopes[steps, :begin]).any()
     if begin not in self.passes or before:
-        raise ValueError(f'the plan has no pass at step {begin}, or forecasts after it from passes before it; what takes '
-                         'over there has a history of its own. A calibration of this pipeline makes plans that fit')
+        raise ValueError(f'the plan has no pass at step {begin}, or forecasts after it from passes before it; what '
+                         'takes over there has a history of its own. A calibration of this pipeline makes plans that fit')
     passes, inside = [p - begin for p in self.passes if begin <= p < begin + n_steps], (steps, steps)
     return Plan(passes, self.weights[inside], self.checks[inside], self.name, self.slopes[inside], self.damping)
 

@@ -80,7 +80,7 @@ def response_of(
     scheduler,  # the pipeline's own
     heard,      # from `listening`
 ):              # [n] b
-    "The impulse response of the run that was heard, checked against it: a `ValueError` if its outputs do not add up to its sample"
+    "The impulse response of the run that was heard; a `ValueError` if its outputs do not add up to its sample"
     args, keywords = heard.arguments
     b, A = impulse_response(scheduler, *args, step_arguments=heard.step_arguments,
                             **{k: v for k, v in keywords.items() if k != 'device'} | dict(device='cpu'))
@@ -107,7 +107,7 @@ def measure_gains(
     response,   # [n] b
     n_probes:int=6, # disturbed runs
 ):              # (last steps of the disturbed parts, g there)
-    "‖displacement of the last sample‖ / ‖Σ b_i e_i‖ for errors e_i of a few steps in a row, at places spread over the run"
+    "‖displacement of the last sample‖ / ‖Σ b_i e_i‖ for errors e_i of a few steps in a row, here and there in the run"
     n, v = len(response), torch.stack(heard.outputs)
     length = max(n//10, 1)
     ends = sorted({round(j) for j in np.linspace(length, n - 1, n_probes + 1)[:-1]})
@@ -129,12 +129,12 @@ def gains_between(
     gains,      # there
     n_steps:int,# steps of the run
 ):              # [n] g
-    "Gains of all steps: their logarithms on straight lines between the probes; the last step's is one, since nobody answers it"
+    "Gains of all steps: their logarithms lie on lines between the probes; the last is one, since nobody answers it"
     return np.exp(np.interp(np.arange(n_steps), [*steps, n_steps - 1], [*np.log(np.maximum(gains, 1e-6)), 0.]))
 
 # %% ../nbs/36_recording.ipynb #20e0dd98
 class Sketch:
-    "A random projection of flat features to `size` numbers, the same for all features of one length; shorter ones are kept as they are"
+    "A random projection to `size` numbers, the same for all features of one length; shorter ones are kept as they are"
     def __init__(self,
         size:int=65537,  # buckets d, best a prime
         seed:int=0,      # of the signs

@@ -183,7 +183,7 @@ def compare_folders(
     a,  # folder of samples to judge
     b,  # folder of the samples to judge them by
 ):      # (dict of mean and spread over pairs, list of (name, dict of scores))
-    "How near the samples of two folders are that have the same prompt and seed; of clips the ones without loss, if kept"
+    "How near samples of the same prompt and seed are in two folders; of clips the ones without loss, if kept"
     left, right = finished(a), finished(b)
     common = [n for n in left if n in right]
     if not common:

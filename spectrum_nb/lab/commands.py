@@ -19,6 +19,7 @@ from ..files import provenance, save_json
 from .captions import held_captions, summary
 from .tables import MEASURES, OPTIONS, measure_once, measure_parts, parts_of
 from .tiny import train_tiny
+from .tiny_emoji import train_tiny_emoji
 from ..methods import Method, all_methods, as_text, comparison_figure, run_methods
 from ..options import check_counts
 from ..plan import make_plan
@@ -117,15 +118,18 @@ def check_measure(
 @call_parse
 def train(
     out:str,                  # folder of the trained pipeline; an interrupted training goes on from `<out>.work`
-    model:str='tiny-flux',    # tiny-flux, tiny-sd3, tiny-sdxl, tiny-hunyuan or tiny-wan
+    model:str='tiny-flux',    # tiny-flux, tiny-sd3, tiny-sdxl, tiny-hunyuan, tiny-wan or tiny-emoji
     stills_steps:int=None,    # steps of the autoencoder on single frames (tiny-wan); by default as the shipped weights
     vae_steps:int=None,       # steps of the autoencoder (all but tiny-sd3 and tiny-sdxl)
     denoiser_steps:int=None,  # steps of the denoiser and the text encoders
     guidance_steps:int=None,  # steps of the guidance distillation (tiny-flux, tiny-hunyuan)
+    pictures:str='',          # folder of the pictures of tiny-emoji; by default npm fetches them
     seed:int=0,               # seed of weights, samples and batches
 ):
     "Train a tiny model as the shipped weights were"
     check_name('out', out)
     steps = dict(stills=stills_steps, vae=vae_steps, denoiser=denoiser_steps, guidance=guidance_steps)
-    _, losses = train_tiny(model, out, {k: v for k, v in steps.items() if v is not None}, seed=seed)
+    steps = {k: v for k, v in steps.items() if v is not None}
+    if model == 'tiny-emoji': _, losses = train_tiny_emoji(out, pictures or None, steps, seed)
+    else: _, losses = train_tiny(model, out, steps, seed=seed)
     print(f'{losses}\n{Path(out).resolve()}')

@@ -199,8 +199,9 @@ def inputs_of(
 # %% ../../nbs/45_real_models.ipynb #7618b563
 def work_of(
     model,  # RealModel
-):          # dict: parameters; TFLOP of a pass and of what remains of a forecast step, all calls of a step; shape of the feature
-    "What a step computes, counted on the `meta` device, where nothing is computed"
+):          # dict
+    """What a step computes, counted on the `meta` device, where nothing is computed: parameters, TFLOP of a pass and of
+    what remains of a forecast step (all calls of a step), shape of the feature"""
     denoiser = on_meta(model)
     kwargs = inputs_of(model, denoiser, 'meta', torch.float32)
     anatomy, seen = find_anatomy(denoiser), []

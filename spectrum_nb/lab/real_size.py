@@ -71,7 +71,7 @@ def compile_blocks(
     denoiser,  # nn.Module
     **options, # of torch.compile
 ):
-    "`compile_repeated_blocks`; for a class that names no repeated blocks (SD3's), the blocks of its anatomy, one by one"
+    "`compile_repeated_blocks`; for a class that names none (SD3's), the blocks of its anatomy, one by one"
     if getattr(denoiser, '_repeated_blocks', None): return denoiser.compile_repeated_blocks(**options)
     for b in blocks_of(denoiser): b.compile(**options)
 
@@ -86,8 +86,8 @@ def sum_cost(
     n_features,  # elements of a feature
     passes,      # K
     dtype, device, repeats=9,
-):               # dict: milliseconds of a weighted sum and of a copy that moves as many bytes as it reads; the copy's bandwidth, GB/s
-    "The weighted sum of one forecast against the limit"
+):               # dict
+    "Milliseconds of a weighted sum and of a copy that moves as many bytes as it reads; the copy's bandwidth, GB/s"
     ways = forecast_ways(n_features, passes + passes % 2, dtype, device, ('ours', 'copy'))
     spent = {w: [] for w in ways}
     for _ in range(3): [spent[w].append(timed(f, max(1, repeats//3))) for w, (f, *_) in ways.items()]
@@ -96,7 +96,7 @@ def sum_cost(
 
 # %% ../../nbs/45c_real_size.ipynb #2f95802a
 def plain_steps(model, denoiser, kwargs, n_steps, left):
-    "(seconds of the first step, of a usual one, peak bytes) of a run without Spectrum, as exact as the time left allows"
+    "(seconds of the first step, of a usual one, peak bytes) without Spectrum, as exact as the time left allows"
     steps = lambda stop: run_loop(model, denoiser, kwargs, n_steps, each=True, stop=stop)[0]
     first, seen = steps(1)[0], []
     peak = peak_of(lambda: seen.extend(steps(2)), next(denoiser.parameters()).device)
@@ -105,8 +105,8 @@ def plain_steps(model, denoiser, kwargs, n_steps, left):
 
 # %% ../../nbs/45c_real_size.ipynb #64904461
 def watched_run(model, denoiser, kwargs, n_steps, k, real, mode):
-    """(config, plan, seconds of each step, peak bytes, calls of a block) of a run of `k` passes of which `real` run their
-    blocks; a `RuntimeError` if it did not follow its plan"""
+    """(config, plan, seconds of each step, peak bytes, calls of a block) of a run of `k` passes, of which `real` run
+    their blocks; a `RuntimeError` if it did not follow its plan"""
     config = config_for_passes(k, n_steps, Growing(), forecaster=Blend(.5))
     plan, seen = make_plan(config, n_steps), []
     def run(): seen.append(run_loop(model, denoiser, kwargs, n_steps, config, real, each=True))
@@ -162,7 +162,7 @@ def real_size_bench(
     backend='inductor', # of torch.compile
     whole:bool=None,    # run end to end; by default where there is time for it
 ):                 # list of rows
-    "Time and memory of a published denoiser with and without Spectrum, and what of it could not be measured, with the reason"
+    "Time and memory of a published denoiser with and without Spectrum; what could not be measured, with the reason"
     if isinstance(model, str) and model not in REAL:
         raise ValueError(f'no architecture called {model!r}; choose among {", ".join(REAL)}')
     model, began = REAL[model] if isinstance(model, str) else model, now()
