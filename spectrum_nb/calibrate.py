@@ -22,9 +22,9 @@ from .checks import check_number
 from .files import provenance
 from .gram import choose_shrinkage
 from .kept import check_kept, kept
-from .pipeline_clock import levels_of
 from .plan import Plan
 from .recording import Sketch, gains_between, listening, measure_gains, response_of
+from .scheduler_facts import levels_of
 
 # %% ../nbs/41_calibrate.ipynb #f3a3ff30
 def sample_once(pipe, prompt, seed, n_steps, call):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from .pipeline_clock import noise_of
+from .scheduler_facts import noise_of
 
 # %% ../nbs/36_recording.ipynb #fead249e
 def impulse_response(

@@ -9,10 +9,10 @@ from spectrum_nb.apply import apply_spectrum
 from spectrum_nb.calibrate import record
 from spectrum_nb.forecast import DampedLine, Newton
 from spectrum_nb.noise_gaps import NoiseSpaced
-from spectrum_nb.pipeline_clock import levels_of
 from spectrum_nb.plan import Plan, make_plan
 from spectrum_nb.presets import call_defaults
 from spectrum_nb.schedule import Even, Listed
+from spectrum_nb.scheduler_facts import levels_of
 from spectrum_nb.settings import SpectrumConfig
 
 from four_runs import ALL, N, NEAR, PLAN, captions, check_four_runs, followed, load_tiny, traces

@@ -21,12 +21,12 @@ from .captions import held_captions, quality
 from .variations import axis_plan, forecasting_residual, rounded_plan, with_passes, with_settings
 from ..metrics import fidelity
 from ..noise_gaps import NoiseSpaced
-from ..pipeline_clock import levels_of
 from ..plan import make_plan
 from ..presets import call_defaults, load_pipeline
 from ..report import passes_of
 from ..samplers import second_order
 from ..schedule import Even, Growing
+from ..scheduler_facts import levels_of
 from ..settings import SpectrumConfig
 
 # %% ../../nbs/49_ablations.ipynb #58bef082

@@ -13,10 +13,10 @@ from ..forecast import Blend, Chebyshev, DampedLine, Newton
 from .hard import PUBLISHED, drawn_by, score
 from ..methods import Method
 from ..noise_gaps import NoiseQuantiles, NoiseSpaced, PowerSpaced
-from ..pipeline_clock import levels_of
 from ..plan import make_plan
 from ..presets import TINY
 from ..schedule import Even, Growing
+from ..scheduler_facts import levels_of
 from ..settings import SpectrumConfig, config_for_passes
 
 # %% ../../nbs/50b_early_few.ipynb #168c126a

@@ -18,9 +18,9 @@ from .captions import held_captions
 from .variations import axis_times
 from ..metrics import still
 from ..noise_gaps import NoiseSpaced
-from ..pipeline_clock import levels_of
 from ..plan import Plan, make_plan
 from ..presets import call_defaults, load_pipeline
+from ..scheduler_facts import levels_of
 from ..settings import SpectrumConfig
 
 # %% ../../nbs/51_features.ipynb #b825a386

@@ -11,9 +11,9 @@ import torch
 
 from ..apply import apply_spectrum, find_denoisers
 from .captions import held_captions, quality
-from ..pipeline_clock import noise_of
 from ..plan import make_plan
 from ..presets import call_defaults, load_pipeline
+from ..scheduler_facts import noise_of
 from ..settings import SpectrumConfig
 
 # %% ../../nbs/32_samplers.ipynb #1ec03a37
