@@ -9,8 +9,6 @@ __all__ = ['STYLE', 'METHODS', 'in_style', 'new_figure', 'use_style', 'save_figu
 from functools import wraps
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-
 from .files import whole_file
 
 # %% ../nbs/00c_figures.ipynb #42a3fff4
@@ -27,6 +25,7 @@ def in_style(f):
     "Decorator: `f` draws in the style of this package and leaves the settings as they were"
     @wraps(f)
     def styled(*args, **kwargs):
+        import matplotlib.pyplot as plt      # when something is drawn: loading the package does not load it
         with plt.rc_context(STYLE): return f(*args, **kwargs)
     return styled
 
@@ -38,11 +37,13 @@ def new_figure(
     **kwargs,           # passed to `plt.subplots`
 ):                      # (figure, axes) as `plt.subplots` returns them
     "A figure of the width of a page; `METHODS` are the colours"
+    import matplotlib.pyplot as plt
     return plt.subplots(n_rows, n_cols, figsize=(7.2, height), layout='constrained', **kwargs)
 
 # %% ../nbs/00c_figures.ipynb #29eaa916
 def use_style():
     "Draw in the style of this package from here on; for notebooks"
+    import matplotlib.pyplot as plt
     plt.rcParams.update(STYLE)
 
 # %% ../nbs/00c_figures.ipynb #92d238fc

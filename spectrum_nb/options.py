@@ -53,21 +53,18 @@ DTYPES = dict(float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloa
 # %% ../nbs/56_options.ipynb #25faa8de
 def torchao_config(name):
     "Weights by torchao"
-    from diffusers import TorchAoConfig
     from torchao import quantization
-    return TorchAoConfig(getattr(quantization, name)())
+    return diffusers.TorchAoConfig(getattr(quantization, name)())
 
 # %% ../nbs/56_options.ipynb #51cb4900
 def bitsandbytes_config(**settings):
     "Weights by bitsandbytes"
-    from diffusers import BitsAndBytesConfig
-    return BitsAndBytesConfig(**settings)
+    return diffusers.BitsAndBytesConfig(**settings)
 
 # %% ../nbs/56_options.ipynb #57fc4aa9
 def quanto_config(weights):
     "Weights by optimum-quanto"
-    from diffusers import QuantoConfig
-    return QuantoConfig(weights_dtype=weights)
+    return diffusers.QuantoConfig(weights_dtype=weights)
 
 # %% ../nbs/56_options.ipynb #ed67e0d3
 QUANTIZERS = {   # word: package, its name for pip, what makes the config

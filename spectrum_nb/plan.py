@@ -14,6 +14,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .checks import check_number
+from .figures import METHODS, in_style, new_figure
 from .forecast import Newton
 from .schedule import check_passes
 from .settings import SpectrumConfig
@@ -131,7 +132,6 @@ def plot(
     ax=None,  # matplotlib axes, by default a new figure's
 ):            # the axes
     "W as a heat map, the passes marked by ticks at the top"
-    from spectrum_nb.figures import METHODS, in_style, new_figure
     if ax is None: ax = in_style(new_figure)(height=4.2)[1]
     top = max(1, np.abs(self.weights).max())
     used = np.where(self.weights == 0, np.nan, self.weights)

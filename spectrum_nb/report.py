@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from fastcore.basics import patch
 
+from .figures import in_style, new_figure
+
 # %% ../nbs/13_report.ipynb #cd4f4068
 @dataclass(frozen=True)
 class RunStats:
@@ -102,7 +104,6 @@ def plot(self:Report,
     ax=None,  # matplotlib axes, by default a new figure's
 ):            # the axes
     "The error that each pass measured, run by run"
-    from spectrum_nb.figures import in_style, new_figure
     if ax is None: ax = in_style(new_figure)(height=2.4)[1]
     for i, s in enumerate(self.stats):
         if s.errors:

@@ -7,6 +7,7 @@ the public ones of `spectrum_nb` and the stand-ins below. So these are left out,
 - fenced blocks, which are scripts to copy, and code cells, which the notebooks run themselves;
 - the calls in `LEFT_OUT`, for the reason that stands there."""
 import ast
+import shutil
 
 import pytest
 
@@ -15,6 +16,7 @@ from spectrum_nb.apply import apply_spectrum
 from spectrum_nb.handle import SpectrumHandle
 from spectrum_nb.plan import make_plan
 from spectrum_nb.settings import SpectrumConfig
+from spectrum_nb.shipped import calibration_file
 
 from notebooks import inline_code, notebooks
 
@@ -57,7 +59,9 @@ def names(flux):
 
 
 @pytest.mark.parametrize('notebook, code', RUN)
-def test_a_call_in_prose_runs(notebook, code, names):
+def test_a_call_in_prose_runs(notebook, code, names, tmp_path, monkeypatch):
+    shutil.copy(calibration_file('tiny-flux', 50), tmp_path/'plan.json')
+    monkeypatch.chdir(tmp_path)
     try: made = eval(code.strip(), dict(names))
     except Exception as e: pytest.fail(f'`{code}` in {notebook}: {type(e).__name__}: {e}')
     if isinstance(made, SpectrumHandle): made.remove()

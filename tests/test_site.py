@@ -202,7 +202,7 @@ def test_definitions_stand_in_the_order_of_their_source(site, name):
 
 
 def test_the_settings_are_explained_where_they_are_documented(site):
-    page = html.unescape(re.sub('<[^>]*>', '', (root/'_docs/plan.html').read_text(encoding='utf-8')))
+    page = html.unescape(re.sub('<[^>]*>', '', (root/'_docs/settings.html').read_text(encoding='utf-8')))
     entry = page.split('class SpectrumConfig(')[1].split('\n)')[0]
     settings = list(inspect.signature(SpectrumConfig).parameters)
     lines = {setting: line for setting in settings for line in entry.splitlines()
@@ -211,7 +211,7 @@ def test_the_settings_are_explained_where_they_are_documented(site):
 
 
 def test_sources_are_folded_and_follow_what_they_define(site, browser):
-    tab, wrong = opened(browser, site, 'plan.html')
+    tab, wrong = opened(browser, site, 'settings.html')
     assert tab.evaluate('document.querySelectorAll("details.code-fold[open]").length') == 0
     folded, heading = tab.evaluate("""() => {
         const top = e => e.getBoundingClientRect().top
