@@ -14,7 +14,9 @@ from torch import full, ones, randn, tensor
 from .picture_denoisers import FOUR, HEADS, UNET, call_of, tokens, unet_call
 
 # %% ../../nbs/30c_clip_denoisers.ipynb #c9c229c9
-def clip(n_frames:int=2, side:int=8): return randn(1, 4, n_frames, side, side)
+def clip(n_frames:int=2, side:int=8):
+    "The latent of a clip"
+    return randn(1, 4, n_frames, side, side)
 
 # %% ../../nbs/30c_clip_denoisers.ipynb #3a82deb7
 TEXT = dict(text_dim=8, freq_dim=8, ffn_dim=16, num_layers=1)
@@ -54,7 +56,9 @@ ANIMATE = {
 }
 
 # %% ../../nbs/30c_clip_denoisers.ipynb #1e4bda7f
-def anyflow_call(): return call_of(randn(1, 2, 4, 8, 8), full((1, 2), 500.)) | dict(r_timestep=full((1, 2), 400.))
+def anyflow_call():
+    "A call with a time for each frame, and one where the step ends"
+    return call_of(randn(1, 2, 4, 8, 8), full((1, 2), 500.)) | dict(r_timestep=full((1, 2), 400.))
 
 ANYFLOW = {
     'AnyFlowTransformer3DModel': (HEADS | FOUR | TEXT | dict(rope_max_seq_len=16), anyflow_call),
@@ -66,7 +70,9 @@ ANYFLOW = {
 # %% ../../nbs/30c_clip_denoisers.ipynb #b9588581
 HUNYUAN_LIKE = HEADS | FOUR | dict(num_layers=1, num_refiner_layers=1, text_embed_dim=8, rope_axes_dim=(2, 2, 4))
 
-def hunyuan_call(side:int=8): return call_of(clip(1, side), 500.) | dict(encoder_attention_mask=ones(1, 5))
+def hunyuan_call(side:int=8):
+    "A call with a mask of the text"
+    return call_of(clip(1, side), 500.) | dict(encoder_attention_mask=ones(1, 5))
 
 # %% ../../nbs/30c_clip_denoisers.ipynb #c4552e63
 HUNYUAN = {

@@ -24,16 +24,22 @@ def call_of(
     return dict(hidden_states=x, timestep=time, encoder_hidden_states=randn(1, 5, 8))
 
 # %% ../../nbs/30b_picture_denoisers.ipynb #a6e5c404
-def picture(): return randn(1, 4, 8, 8)
+def picture():
+    "The latent of a picture"
+    return randn(1, 4, 8, 8)
 
 # %% ../../nbs/30b_picture_denoisers.ipynb #73f7520d
-def tokens(n:int=16, width:int=4): return randn(1, n, width)
+def tokens(n:int=16, width:int=4):
+    "A picture as a sequence of tokens"
+    return randn(1, n, width)
 
 # %% ../../nbs/30b_picture_denoisers.ipynb #f2cf5fce
 JOINT = HEADS | dict(in_channels=4, num_layers=1, num_single_layers=1, joint_attention_dim=8)
 ROPE = dict(axes_dims_rope=(2, 2, 4))
 
-def numbered(n_axes:int=3): return dict(img_ids=zeros(16, n_axes), txt_ids=zeros(5, n_axes))
+def numbered(n_axes:int=3):
+    "The places of tokens of picture and text"
+    return dict(img_ids=zeros(16, n_axes), txt_ids=zeros(5, n_axes))
 
 # %% ../../nbs/30b_picture_denoisers.ipynb #4fc3a651
 FLUX = {
@@ -119,7 +125,9 @@ PATCHED = {
 # %% ../../nbs/30b_picture_denoisers.ipynb #d93a68fb
 COGVIEW = HEADS | FOUR | dict(num_layers=1, text_embed_dim=8, time_embed_dim=8, condition_dim=8)
 
-def sized(): return dict(target_size=full((1, 2), 8.), crop_coords=zeros(1, 2))
+def sized():
+    "The size that is wanted, and where the picture is cut"
+    return dict(target_size=full((1, 2), 8.), crop_coords=zeros(1, 2))
 
 # %% ../../nbs/30b_picture_denoisers.ipynb #5d6bfdec
 TOLD_THE_SIZE = {
