@@ -16,11 +16,13 @@ from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_ba
 from transformers.utils import logging as transformers_logging
 
 from .files import first_line
-from .lab.commands import bench, demo, train
-from .lab.tables import MEASURES
-from .measuring import calibrate, tune
 from .quiet import hushed, noted
-from .sampling import compare, run, sample
+
+with hushed():      # what other packages say about their own optional parts, while they are imported
+    from spectrum_nb.lab.commands import bench, demo, train
+    from spectrum_nb.lab.tables import MEASURES
+    from spectrum_nb.measuring import calibrate, tune
+    from spectrum_nb.sampling import compare, run, sample
 
 # %% ../nbs/59_cli.ipynb #9de5b024
 COMMANDS = dict(demo=demo, sample=sample, run=run, compare=compare, calibrate=calibrate, tune=tune, bench=bench,

@@ -93,11 +93,13 @@ class Oracle:
         "The run that a call in a context belongs to; a new one where there is none or it is over"
         self.ticks += 1
         run = self.runs.get(context)
-        if run is None or run['i'] == self.n:
+        # a first call that failed leaves nothing: the next one begins the run
+        if run is None or run['i'] == self.n or run['unborn']:
             # contexts that were not called since are of runs that are over
             since = run['began'] if run else 0
             self.runs = {c: r for c, r in self.runs.items() if r['called'] >= since}
-            run = dict(began=self.ticks, i=0, kind=None, passes=[], why={}, errors={}, forced=set(), nbytes=0)
+            run = dict(began=self.ticks, i=0, kind=None, passes=[], why={}, errors={}, forced=set(), nbytes=0,
+                       unborn=False)
             self.runs[context] = run
             self.begin(run, 0)
         run['called'] = self.ticks
@@ -154,7 +156,7 @@ class Oracle:
         run = self.run_of(context)
         i, kind = run['i'], (x.shape, dtype)
         if run['kind'] not in (None, kind):
-            if i: run['why'][i] = 'input'          # where the first call failed there is nothing to say
+            run['why'][i] = 'input'
             self.begin(run, i)
         run['kind'] = kind
         at, planned = i - run['start'], i - run['start'] in run['passes_planned']
@@ -167,7 +169,9 @@ class Oracle:
             if forecast is None: run['why'][i] = 'missing'
         is_pass = forecast is None
         # at a forecast the embedding and the head run, unless it is the output that is forecast
-        if bang and (is_pass or (not self.output and not bang.startswith('block'))): raise Bang
+        if bang and (is_pass or (not self.output and not bang.startswith('block'))):
+            run['unborn'] = i == 0
+            raise Bang
 
         factor = 1 if self.output else 2
         if is_pass:
