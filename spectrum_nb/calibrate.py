@@ -128,7 +128,7 @@ def put_together(
 # %% ../nbs/41_calibrate.ipynb #7d538579
 def record(
     pipe,             # pipeline
-    prompts,          # list of prompts; 4 are enough, see the page "calibrated"
+    prompts,          # list of prompts; 16 are better than 4, see the page "calibrated"
     n_steps:int=50,   # steps of the runs
     seeds=None,       # as many seeds, by default 0, 1, …
     probes=(6, 2),    # disturbed runs of a prompt, from which the gains are had, and of how many prompts

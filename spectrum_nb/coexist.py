@@ -87,13 +87,13 @@ def foreign_forward(
 # %% ../nbs/15_coexist.ipynb #75cc5deb
 def check_forward(
     module,  # denoiser
-    feature, # `'hidden'` or `'output'`
+    feature, # `'hidden'`, `'residual'` or `'output'`
 ):
     "A `RuntimeError` if somebody replaced `forward`, a warning if somebody may have"
     if (found := foreign_forward(module)) is None: return
     said = (f"forward of this {type(module).__name__} is not its class's own but {found[0]}: another accelerator? "
             f"Two would forecast from each other's forecasts")
-    if found[1] and feature == 'hidden':
+    if found[1] and feature != 'output':
         raise RuntimeError(f"{said}. Take the other one off first (restore the class's forward, or disable its "
                            f"cache); if it only computes the same faster, feature='output' works with it")
     warnings.warn(f'{said}; make sure that it runs the blocks at every call', stacklevel=4)

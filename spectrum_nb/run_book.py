@@ -65,7 +65,7 @@ def _new_plan(self:RunBook, n_steps, rest, sigmas, whole, first):
 # %% ../nbs/15b_run_book.ipynb #0d6dffda
 def _given_plan(plan, n_steps, rest, whole=None, first=0):
     """A user's own plan, which fits one length; of a plan for the whole run each denoiser follows its part.
-    What is left of a run whose history was lost has passes only"""
+    Where the history was lost, every step that is left is a pass"""
     if rest: return make_plan(SpectrumConfig(speedup=1), n_steps)
     if plan.n_steps == n_steps: return plan
     if plan.n_steps == whole: return plan.part(first, n_steps)
