@@ -77,8 +77,8 @@ def scheduler_of(
     return mine[0] if mine else pipe.scheduler
 
 # %% ../nbs/12_pipeline_clock.ipynb #13795ce2
-# what is seen of a call: the pipeline, a number that is another whenever the pipeline is called anew, the object that its
-# loop goes over, the timesteps, and the settings of the scheduler
+# what is seen of a call: the pipeline, a number that is another whenever the pipeline is called anew, the object that
+# its loop goes over, the timesteps, and the settings of the scheduler
 Sight = namedtuple('Sight', 'pipe frame loop times said')
 
 # %% ../nbs/12_pipeline_clock.ipynb #64f04d86
