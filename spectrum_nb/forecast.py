@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from numpy.polynomial.chebyshev import chebvander
 
 from .chebyshev import rescaled_time
-from .checks import check_number
+from .checks import check_callable, check_number
 
 # %% ../nbs/04_forecast.ipynb #65bfa65c
 def ridge_weights(
@@ -159,12 +159,8 @@ def check_forecaster(
     forecaster,  # object to check
 ):               # `forecaster`
     "`forecaster`, if it can be called, else a `TypeError`"
-    if isinstance(forecaster, type):
-        raise TypeError(f'{name} must be an object, not the class {forecaster.__name__}: write {forecaster.__name__}()')
-    if not callable(forecaster):
-        raise TypeError(f'{name} must be a forecaster, such as Newton(1) or Blend(.5), or a function '
-                        f'(known, steps, n_steps) -> weights [R, K], not {forecaster!r}')
-    return forecaster
+    return check_callable(name, forecaster, 'a forecaster, such as Newton(1) or Blend(.5), or a function '
+                                            '(known, steps, n_steps) -> weights [R, K]')
 
 # %% ../nbs/04_forecast.ipynb #2b1b954f
 def name_of(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'QUANTIZERS', 'MOST', 'takes', 'picked', 'torchao_config', 'bitsandbytes_config', 'quanto_config',
-           'check_word', 'is_there', 'check_quantize', 'check_scheduler', 'scheduler_class', 'scheduler_of',
+           'check_word', 'is_there', 'check_quantize', 'check_scheduler', 'scheduler_class', 'scheduler_like',
            'read_loras', 'read_settings', 'check_counts']
 
 # %% ../nbs/56_options.ipynb #c35b626e
@@ -114,7 +114,7 @@ def scheduler_class(word):
         if inspect.isclass(kind) and issubclass(kind, SchedulerMixin): return kind
 
 # %% ../nbs/56_options.ipynb #bba1aeb3
-def scheduler_of(
+def scheduler_like(
     word,  # `second-order` or the name of a class
     own,   # the model's scheduler
 ):         # scheduler

@@ -82,8 +82,8 @@ def _all_wanted(config, n_steps):
 @patch
 def new_run(self:RunBook,
     moment,        # Moment of its first call
+    denoiser,      # nn.Module
     context='',    # its name
-    denoiser=None, # nn.Module
     anatomy=None,  # Anatomy; None where the output itself is forecast
 ):                 # Run
     "The run that begins at a moment"

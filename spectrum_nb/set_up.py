@@ -21,7 +21,7 @@ from .apply import find_denoisers
 from .checks import check_device, check_number
 from .files import first_line, read_json
 from .options import (DTYPES, QUANTIZERS, check_counts, check_quantize, check_scheduler, check_word,
-                                 is_there, read_loras, read_settings, scheduler_of)
+                                 is_there, read_loras, read_settings, scheduler_like)
 from .placement import OFFLOADS, place
 from .presets import call_defaults, find_preset, load_pipeline
 
@@ -165,7 +165,7 @@ def load(self:SetUp):
     names = [f'lora{i}' for i in range(len(self.loras))]
     for name, (path, _) in zip(names, self.loras): pipe.load_lora_weights(path, adapter_name=name)
     if names: pipe.set_adapters(names, [scale for _, scale in self.loras])
-    if self.scheduler: pipe.scheduler = scheduler_of(self.scheduler, pipe.scheduler)
+    if self.scheduler: pipe.scheduler = scheduler_like(self.scheduler, pipe.scheduler)
     if self.guidance is not None and guider_of(type(pipe)) and hasattr(pipe, 'guider'):
         pipe.guider = pipe.guider.new(guidance_scale=self.guidance)
     place(pipe, self.offload, self.where)

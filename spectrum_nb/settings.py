@@ -12,7 +12,7 @@ from numbers import Integral, Real
 import numpy as np
 from fastcore.basics import patch
 
-from .checks import check_number
+from .checks import check_callable, check_number
 from .forecast import Blend, Chebyshev, Newton, SteadyLine, check_forecaster, name_of, repr_of
 from .noise_gaps import NoiseQuantiles
 from .schedule import Budget, Growing, check_passes
@@ -23,12 +23,8 @@ def check_schedule(
     schedule,  # object to check
 ):             # `schedule`
     "`schedule`, if it can be called, else a `TypeError`"
-    if isinstance(schedule, type):
-        raise TypeError(f'{name} must be an object, not the class {schedule.__name__}: write {schedule.__name__}()')
-    if not callable(schedule):
-        raise TypeError(f'{name} must be a schedule, such as Even(10) or NoiseSpaced(speedup=5), or a function '
-                        f'(n_steps, sigmas) -> passes, not {schedule!r}')
-    return schedule
+    return check_callable(name, schedule, 'a schedule, such as Even(10) or NoiseSpaced(speedup=5), or a function '
+                                          '(n_steps, sigmas) -> passes')
 
 # %% ../nbs/06_settings.ipynb #73f84b7f
 def _with_budget(schedule, n_passes, speedup):

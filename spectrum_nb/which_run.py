@@ -123,7 +123,7 @@ def run_of(self:RunFinder, moment, name):
     run, since = self.known(moment, name)
     if run is None or run.done or (step is not None and step < run.step):
         for finder in self.book.finders: finder.forget(moment.run, since, moment.sure, name)
-        run = self.book.new_run(moment, self.clock.label + name, self.denoiser, self.anatomy)
+        run = self.book.new_run(moment, self.denoiser, self.clock.label + name, self.anatomy)
         self.runs[name] = run
     run.touch(self.ticks)
     if run.adapters.changed():

@@ -23,6 +23,16 @@ def check_compiled(backend, sample, run, fast):
     assert followed(run.stats)
 
 
+def check_order(order, pipe, sample, fast, backend, compile):
+    "Compile before or after the handle is put on, and look at two runs with it on"
+    if order == 'compile first':
+        compile(backend)
+        sample()
+    with apply_spectrum(pipe, PAPER) as run:
+        if order == 'spectrum first': compile(backend)
+        check_compiled(backend, sample, run, fast)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('order', ['compile first', 'spectrum first'])
 @pytest.mark.parametrize('name', ALL)
@@ -36,12 +46,7 @@ def test_compiled_blocks(name, order):
         for b in blocks_of(denoiser): b.compile(backend=backend)             # SD3 names none: diffusers refuses
 
     with compiling() as backend:
-        if order == 'compile first':
-            compile(backend)
-            sample()
-        with apply_spectrum(pipe, PAPER) as run:
-            if order == 'spectrum first': compile(backend)
-            check_compiled(backend, sample, run, fast)
+        check_order(order, pipe, sample, fast, backend, compile)
         n = backend.compiled
         assert nearly_equal(sample(), plain)
         assert backend.compiled == n
@@ -62,12 +67,7 @@ def test_a_compiled_denoiser(name, how, order):
         else: setattr(pipe, attribute, torch.compile(denoiser, backend=backend))
 
     with compiling() as backend:
-        if order == 'compile first':
-            compile(backend)
-            sample()
-        with apply_spectrum(pipe, PAPER) as run:
-            if order == 'spectrum first': compile(backend)
-            check_compiled(backend, sample, run, fast)
+        check_order(order, pipe, sample, fast, backend, compile)
         assert nearly_equal(sample(), plain)
         n = backend.compiled
         assert nearly_equal(sample(), plain)

@@ -15,7 +15,7 @@ from itertools import product
 import numpy as np
 
 from .shapes import (COLOURS, SHAPES, caption_agreement, centre, coverage, find_caption, find_object,
-                                    hold_out, nearest_shape, paint)
+                                    hold_out, nearest_shape, paint, with_article)
 
 # %% ../../nbs/23_clips.ipynb #109cf8b6
 # (right, down)
@@ -32,8 +32,8 @@ class Clip:
 
     @property
     def caption(self):
-        def one(words): return f'{"an" if words[0] in "aeiou" else "a"} {words}'
-        return f'{one(self.colour)} {self.shape} moving {self.direction} on {one(self.background)} background'
+        thing = with_article(f'{self.colour} {self.shape}')
+        return f'{thing} moving {self.direction} on {with_article(self.background)} background'
 
     @classmethod
     def from_caption(cls, caption:str):

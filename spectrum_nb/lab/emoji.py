@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'GROUPS', 'KINDS', 'LEFT_OUT', 'MOST_WORDS', 'OPENNESS', 'fetch_emoji', 'Emoji', 'kind_and_group',
-           'read_emoji', 'picture_of', 'words_of', 'full_prompt', 'one', 'nearest_names', 'unknown_words']
+           'read_emoji', 'picture_of', 'words_of', 'full_prompt', 'nearest_names', 'unknown_words']
 
 # %% ../../nbs/30a_emoji.ipynb #4f983d82
 import difflib, json, re, shutil, subprocess, tarfile, tempfile
@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from .shapes import with_article
 
 # %% ../../nbs/30a_emoji.ipynb #cec0a7ad
 PACKAGES = {'emoji-datasource-google': '16.0.0', 'emojilib': '4.0.3'}
@@ -110,13 +112,10 @@ def full_prompt(emoji):
         if word not in parts and len(words_of(', '.join([*parts, word]))) <= MOST_WORDS: parts.append(word)
     return ', '.join(parts)
 
-def one(thing):
-    "With its article"
-    return f'an {thing}' if thing[0] in 'aeiou' else f'a {thing}'
-
-OPENNESS = dict(full=full_prompt, name=lambda emoji: emoji.name, kind=lambda emoji: one(emoji.kind),
-                group=lambda emoji: 'some food'
-                if emoji.group == 'food' else one(emoji.group), nothing=lambda emoji: '')
+# %% ../../nbs/30a_emoji.ipynb #201bb610
+OPENNESS = dict(full=full_prompt, name=lambda emoji: emoji.name, kind=lambda emoji: with_article(emoji.kind),
+                group=lambda emoji: 'some food' if emoji.group == 'food' else with_article(emoji.group),
+                nothing=lambda emoji: '')
 
 # %% ../../nbs/30a_emoji.ipynb #5b779b8b
 def nearest_names(
