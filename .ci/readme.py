@@ -34,8 +34,8 @@ def summary(hard):
     behind = [(gain, model) for gain, model in gains if gain < -.5]
     mean = sum(gain for gain, _ in gains)/len(gains)
     return (f'Over {len(gains)} hard and easy cells the default gains {mean:.1f} dB on plain steps; '
-            f'in {len(behind)} of them it is behind by more than half a decibel, at worst by {-min(gains)[0]:.1f} '
-            f'({", ".join(sorted({model for _, model in behind}))}).')
+            f'in {len(behind)} of them, all of {" or ".join(sorted({model for _, model in behind}))}, it is behind by '
+            f'more than half a decibel, at worst by {-min(gains)[0]:.1f}.')
 
 
 def with_numbers(text, hard):
@@ -44,7 +44,7 @@ def with_numbers(text, hard):
         row = table_row(model, cells)
         text, found = re.subn(rf'^\| {model} \|.*$', lambda _: row, text, flags=re.M)
         assert found == 1, f'README.md has {found} rows of {model}'
-    text, found = re.subn(r'Over \d+ hard and easy cells.*?\)\.', lambda _: summary(hard), text)
+    text, found = re.subn(r'Over \d+ hard and easy cells.*$', lambda _: summary(hard), text, flags=re.M)
     assert found == 1, 'README.md has no sentence on all cells'
     return text
 

@@ -20,6 +20,7 @@ def rerun(path, skip):
     os.environ['IN_TEST'] = '1'
     nb = NBProcessor(path, process=True).nb
     saved = {c.id: c.outputs for c in nb.cells if c.cell_type == 'code'}
+    for cell in nb.cells: cell.outputs = []          # the shell leaves those of a cell that has none now
     shell, skipped = CaptureShell(path), set()
 
     def preproc(cell):
@@ -27,6 +28,8 @@ def rerun(path, skip):
         if cell.cell_type != 'code' or skip & set(directives) or directives.get('eval:') == ['false']:
             skipped.add(cell.id)
             return True
+        # a semicolon hides the value of a cell; the shell would hide what it prints, too
+        if cell.cell_type == 'code' and cell.source.rstrip().endswith(';'): cell.source = f'{cell.source}\nNone'
 
     with working_directory(path.parent):
         try: shell.run_all(nb, exc_stop=True, preproc=preproc)

@@ -34,7 +34,7 @@ def sample_once(pipe, prompt, seed, n_steps, call):
 
 # %% ../nbs/41_calibrate.ipynb #e467da26
 def by_call(
-    x,            # [m] or [m, m] of all calls, in order
+    x,            # [calls] or [calls, calls] of all calls, in order
     n_steps:int,  # steps
     order:int,    # calls a step
 ):                # [n], or [C, n]; [C n, C n] of a matrix
@@ -128,7 +128,7 @@ def put_together(
 # %% ../nbs/41_calibrate.ipynb #7d538579
 def record(
     pipe,             # pipeline
-    prompts,          # list of prompts; 16 are better than 4, see the page "calibrated"
+    prompts,          # list of prompts; 16 are better than 4, see 48_calibrated
     n_steps:int=50,   # steps of the runs
     seeds=None,       # as many seeds, by default 0, 1, …
     probes=(6, 2),    # disturbed runs of a prompt, from which the gains are had, and of how many prompts

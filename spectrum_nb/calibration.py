@@ -39,7 +39,7 @@ class Calibration:
     about:dict           # the set-up: pipeline, denoiser, scheduler, its noise levels, steps, call, prompts, versions
     trials:tuple=()      # of Trial: plans that were run on the calibration's own prompts
     steps:tuple=()       # of Steps: full runs of fewer steps on the same prompts
-    shrinkage:float=1e-4 # ε of the Gram-optimal weights
+    shrinkage:float=1e-4 # λ of the Gram-optimal weights
     runs:list=field(default=(), repr=False)  # (prompt, seed, last sample) of each full run; not saved
 
     @property

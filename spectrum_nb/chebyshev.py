@@ -49,10 +49,10 @@ def bernstein_ellipse(
     rho:float,      # ρ > 1, the sum of its half-axes
     n_points:int=400, # points on it
 ):                  # [n_points] complex
-    "Points of the Bernstein ellipse (w + 1/w)/2, |w| = ρ: foci ±1, half-axes (ρ ± 1/ρ)/2"
+    "Points of the Bernstein ellipse (ζ + 1/ζ)/2, |ζ| = ρ: foci ±1, half-axes (ρ ± 1/ρ)/2"
     check_rho(rho)
-    w = rho*np.exp(2j*np.pi*np.arange(n_points)/n_points)
-    return (w + 1/w)/2
+    zeta = rho*np.exp(2j*np.pi*np.arange(n_points)/n_points)
+    return (zeta + 1/zeta)/2
 
 # %% ../nbs/01_chebyshev.ipynb #a1efe898
 def decay_rate(

@@ -46,7 +46,7 @@ def velocity_of_kept(
 def change_ratio(
     velocities,  # three [rows, F], at the last three passes
     steps,       # their steps, ascending
-):               # [rows] ρ
+):               # [rows] γ
     "The change of velocity that came over the last gap, in units of the change that a line had promised"
     (a, b, c), (i, j, k) = velocities, steps
     promised = (b - a)*((k - j)/(j - i))
@@ -77,8 +77,8 @@ def rows_like(
 class Steadiness:
     "Watches the samples of one run, and says how far along a line each image may be forecast"
     def __init__(self,
-        trust:float=2.,  # d = base + trust · ρ, clipped to [0, 1]
-        base:float=.5,   # d where ρ is 0
+        trust:float=2.,  # d = base + trust · γ, clipped to [0, 1]
+        base:float=.5,   # d where γ is 0
         first:float=.5,  # d over the second gap, before any ratio is known
         memory:int=2,    # the smallest of so many latest ratios counts
     ):

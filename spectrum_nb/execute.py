@@ -98,7 +98,7 @@ class Executor:
 
     @torch.compiler.disable
     def guarded(self, run, out, args, kwargs):
-        "The output of a forecast step where gradients are recorded: of none that would be wrong"
+        "The output of a forecast step where gradients are recorded: asking it for a gradient is an error"
         given = with_gradient(pytree.tree_leaves((args, kwargs)))
         if not run.differentiable and not given: return out
         return without_gradient(out, [*with_gradient(self.denoiser.parameters()), *given])

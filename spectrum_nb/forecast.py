@@ -121,7 +121,7 @@ class DampedLine:
 @dataclass(frozen=True)
 class SteadyLine:
     "The straight line through the last two passes, followed as far as the run at hand lets it"
-    # d = base + trust · ρ, clipped to [0, 1]; ρ is the change that came, in units of what the line promised
+    # d = base + trust · γ, clipped to [0, 1]; γ is the change that came, in units of what the line promised
     trust:float=2.
     base:float=.5    # d where nothing of the promised change came
     first:float=.5   # d before any ratio is known

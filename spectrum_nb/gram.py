@@ -20,7 +20,7 @@ def gram_weights(
     gram,         # [n, n] inner products of the features
     known,        # steps of the K passes so far
     steps,        # [R] steps to forecast
-    shrinkage=1e-4,  # ε, in units of a feature's mean square
+    shrinkage=1e-4,  # λ, in units of a feature's mean square
 ):                # [R, K] weights
     "The linear forecast of least mean square error"
     known, steps = list(known), list(steps)
@@ -33,7 +33,7 @@ def gram_weights(
 class Gram:
     "The forecaster of least mean square error for features whose inner products are known"
     gram:np.ndarray        # [n, n] inner products of the features
-    shrinkage:float=1e-4   # ε, in units of a feature's mean square
+    shrinkage:float=1e-4   # λ, in units of a feature's mean square
     name = 'gram'
 
     def __post_init__(self):
@@ -63,10 +63,10 @@ def choose_shrinkage(
     hidden,          # {context: [P, n, n]} Gram matrices of the features, one a prompt
     budgets=(8, 14), # numbers of passes, evenly spaced, for which it is to be good
     slack=1.05,      # error allowed, in units of the least
-):                   # ε
-    """The largest ε in SHRINKAGE that is good enough for a prompt that was left out.
+):                   # λ
+    """The largest λ in SHRINKAGE that is good enough for a prompt that was left out.
 
-    Weights fitted without a prompt forecast that prompt nearly as well as with the best ε. 1e-4 for a single prompt."""
+    Weights fitted without a prompt forecast that prompt nearly as well as with the best λ. 1e-4 for a single prompt."""
     grams = np.mean(list(hidden.values()), 0)
     if len(grams) < 2: return 1e-4
     n, scores = grams.shape[-1], dict.fromkeys(SHRINKAGE, 0.)

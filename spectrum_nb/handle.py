@@ -48,7 +48,7 @@ class SpectrumHandle:
         return Report([*self.stats])
 
     def reset(self):
-        "Start a new run: for a bare denoiser whose calls carry no time; all others are told apart by themselves"
+        "Start a new run: for a bare denoiser whose calls carry no time, or whose next run looks like this one"
         for hook in self.hooks:
             hook.reset_state()
             if isinstance(hook.clock, CallClock): hook.clock.reset()

@@ -59,7 +59,7 @@ class Plan:
     weights:np.ndarray       # [n, n] float64: row i = weights of the passes in step i; identity on passes
     checks:np.ndarray=None   # [n, n] row i = weights that would have forecast pass i; zero where nothing is measured
     name:str='plan'          # what it is, for tables and figures
-    slopes:np.ndarray=None   # [n, n] what a damping that is measured in the run adds to weights and checks, for d = 1
+    slopes:np.ndarray=None   # [n, n] what the share of a line measured in the run adds to weights and checks, at d = 1
     damping:object=None      # `SteadyLine`, whose settings say how it is measured; None without slopes
 
     def __post_init__(self):
@@ -69,7 +69,7 @@ class Plan:
         if not all(np.isfinite(A).all() for A in (W, C, S)):
             raise ValueError('weights, checks and slopes must be finite')
         if S.any() and self.damping is None:
-            raise ValueError('slopes need a damping: a SteadyLine, which says how it is measured')
+            raise ValueError('slopes need damping, a SteadyLine: it says how the share of the line is measured')
         _check_causal(W, (C, S), passes)
         for name, value in (('passes', passes), ('weights', W), ('checks', C), ('slopes', S)):
             object.__setattr__(self, name, value)

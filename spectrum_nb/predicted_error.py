@@ -57,13 +57,13 @@ def _new_gap(self:RunError, known, following):
     return c, c @ self.gram @ c, move
 
 # %% ../nbs/38_predicted_error.ipynb #6bdb3842
-BAND = (1., 1.25, 1.5)     # factors c of the measured answers
+BAND = (1., 1.25, 1.5)     # factors f of the measured answers
 
 # %% ../nbs/38_predicted_error.ipynb #0d37974d
 def loop_gains(
-    moves,       # [K, K] a: how far each gap moves the sample by the output of each pass, row by row
+    moves,       # [K, K] how far each gap moves the sample by the output of each pass, row by row
     rates,       # [K] z/Δσ of the passes
-    band=BAND,   # factors c
+    band=BAND,   # factors f
 ):               # [K] the largest gain over the band, of an error that stands before each pass
     "What the loop of a plan leaves in the end of an error"
     K, factors = len(rates), np.asarray(band, dtype=np.float64)

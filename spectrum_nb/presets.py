@@ -59,6 +59,8 @@ PRESETS = {
     'tiny-wan': Preset(str(WEIGHTS/'tiny-wan'), fp32, tiny | clip | _short, fps=8, published=5.),
 }
 TINY = tuple(PRESETS)
+PRESETS['tiny-emoji'] = Preset(str(WEIGHTS/'tiny-emoji'), fp32, dict(height=64, width=64, guidance_scale=3.5) | _short,
+                               published=3.5)
 
 # %% ../nbs/18_presets.ipynb #4bebbae0
 _hunyuan = dict(fps=24, tiles=True, schedule=EARLY_DENSE)

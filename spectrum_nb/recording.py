@@ -21,7 +21,7 @@ def impulse_response(
     *arguments, # of its `set_timesteps`
     step_arguments={}, # further arguments of its `step`
     **keywords, # of its `set_timesteps`
-):              # (b [m] float64, A): the weights of the outputs of all calls and of the first sample in the last
+):              # (b [calls] float64, A): the weights of the outputs of all calls and of the first sample in the last
     "What a scheduler makes in the end of each output, and of the sample that it began with; a `ValueError` for noise"
     if noise := noise_of(scheduler):
         raise ValueError(f'{noise} adds noise at every step: its run is no weighted sum of outputs, it cannot be '
@@ -136,7 +136,7 @@ def gains_between(
 class Sketch:
     "A random projection to `size` numbers, the same for all features of one length; shorter ones are kept as they are"
     def __init__(self,
-        size:int=65537,  # buckets d, best a prime
+        size:int=65537,  # buckets, best a prime
         seed:int=0,      # of the signs
     ): self.size, self.seed, self.signs = size, seed, None
 

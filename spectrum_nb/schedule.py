@@ -21,7 +21,7 @@ def window_passes(
     n_steps:int,      # number of steps n of the run
     window:float=2.,  # N, first distance between passes after the warm-up (authors: window_size)
     alpha:float=.75,  # α, growth of that distance after each pass (authors: flex_window)
-    warmup:int=5,     # m, passes at the start (authors: warmup_steps)
+    warmup:int=5,     # passes at the start (authors: warmup_steps)
 ):                    # ascending list of the steps at which all blocks run
     "The paper's adaptive schedule of passes"
     if not window >= 1: raise ValueError(f'window must be at least 1, not {window}: it is the distance between passes')
@@ -39,7 +39,7 @@ def alpha_for_passes(
     n_passes:int,     # wanted number of passes
     n_steps:int,      # number of steps of the run
     window:float=2.,  # N, first distance between passes
-    warmup:int=5,     # m, passes at the start
+    warmup:int=5,     # passes at the start
 ):                    # the smallest α, in thousandths, whose schedule has `n_passes` passes
     "The growth that spends a budget of passes; a `ValueError` names the nearest budgets if none does"
     count = lambda a: len(window_passes(n_steps, window, a/1000, warmup))

@@ -36,9 +36,9 @@ def guided_normals(
     if not (0 <= c).all() or not (c <= C).all(): raise ValueError(f'0 ≤ narrow ≤ wide must hold: {narrow}, {wide}')
     levels = np.asarray(sigmas, dtype=np.float64)[:-1]
     captioned, open_ = normal_kappa(levels, c, form), normal_kappa(levels, C, form)
-    s = levels[:, None]
-    pull = 1 + (1 - s)*captioned/s if form == 'flow' else captioned/s
-    start = np.ones_like(C) if form == 'flow' else np.hypot(s[0], C)
+    level = levels[:, None]
+    pull = 1 + (1 - level)*captioned/level if form == 'flow' else captioned/level
+    start = np.ones_like(C) if form == 'flow' else np.hypot(level[0], C)
     kappas = open_ + guidance*(captioned - open_)
     return dict(kappas=kappas, offset=0., push=-guidance*pull*np.sqrt(C**2 - c**2), start=start)
 
@@ -46,9 +46,9 @@ def guided_normals(
 def damped_weights(
     passes,      # [K] ascending steps, the first is 0
     n_steps:int, # n
-    damping=1.,  # d: 0 reuses, 1 continues a line; a number, or [K], one a gap
+    damping=1.,  # d, the share of the line: 0 reuses, 1 follows it; a number, or [K], one a gap
 ):               # [n, n] weights
-    "The plan of a damped line: h_K + d·k·(h_K − h_{K−1}), k the distance in units of the gap before"
+    "The plan of a damped line: h_K + d·(h_K − h_{K−1})·(i − i_K)/(i_K − i_{K−1}) at step i, i_K the step of pass K"
     damping, W = np.broadcast_to(np.asarray(damping, dtype=float), len(passes)), np.zeros((n_steps, n_steps))
     for j, (p, end) in enumerate(zip(passes, [*passes[1:], n_steps])):
         ahead = np.arange(end - p)
@@ -143,10 +143,10 @@ def best_damping(
     passes,         # [K] ascending steps, the first is 0
     sigmas,         # [n + 1] noise levels
     kappas,         # band of κ, as in `closed_loop_error`
-    per_gap=False,  # one damping for each gap instead of one for all
+    per_gap=False,  # one share for each gap instead of one for all
     **equation,     # offset, push, start, as in `closed_loop_error`
-):                  # (damping, a number or [K]; its worst error)
-    "The damping of a line, from 0 to 1, that minimises the worst closed-loop error over a band"
+):                  # (d, a number or [K]; its worst error)
+    "The share of a line, from 0 to 1, that minimises the worst closed-loop error over a band"
     n = len(sigmas) - 1
     def worst(damping): return closed_loop_error(damped_weights(passes, n, damping), sigmas, kappas, **equation).max()
     grid = np.linspace(0, 1, 21)

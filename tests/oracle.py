@@ -20,7 +20,7 @@ DTYPES = tuple(EPS)
 
 
 def ratios_of(seen):
-    """{pass: ([rows] ρ, how far off a float32 ρ may be, in units of the last place)} of the calls of a run, from the
+    """{pass: ([rows] γ, how far off a float32 γ may be, in units of the last place)} of the calls of a run, from the
     formulas of the page damping: the velocity at a pass is what the sample moves to the next call, where a step is the
     unit of time"""
     velocity = {}

@@ -20,17 +20,18 @@ from spectrum_nb.presets import call_defaults
 from spectrum_nb.runs import finished
 
 NOTEBOOKS = Path(__file__).parents[1]/'nbs'
-PICTURES, CLIPS = NOTEBOOKS/'53_images.ipynb', NOTEBOOKS/'54_videos.ipynb'
+PICTURES, CLIPS = 'M=flux', 'M=hunyuan'      # how the two blocks of commands begin
 # of 12 steps: what 14 and 10 of 50 become, passes or plain steps
 PASSES = dict(zip(WAYS, (8, 7, 4, 3, 4, 3, 4, 3)))
 
 
-def command_lines(notebook):
-    "The lines that begin with `spectrum-nb` in the text blocks of a notebook"
-    cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
+def command_lines(first):
+    "The lines that begin with `spectrum-nb` in the block of the page on pictures and clips that begins with `first`"
+    cells = json.loads((NOTEBOOKS/'53_images.ipynb').read_text(encoding='utf-8'))['cells']
     texts = [''.join(cell['source']) for cell in cells if cell['cell_type'] == 'markdown']
     blocks = [block for text in texts for block in re.findall(r'^```\w*\n(.*?)^```', text, re.S | re.M)]
-    return [line for block in blocks for line in block.splitlines() if line.startswith('spectrum-nb ')]
+    return [line for block in blocks if block.startswith(f'{first}\n') for line in block.splitlines()
+            if line.startswith('spectrum-nb ')]
 
 
 def first_ways(lines):

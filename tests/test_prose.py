@@ -5,14 +5,19 @@ the public ones of `spectrum_nb` and the stand-ins below. So these are left out,
 - methods without their object, as `reset()`, and calls of other packages, as `torch.compile(…)`;
 - calls with an ellipsis in them, or with names that only the text around them explains, as `without(unet, …)`;
 - fenced blocks, which are scripts to copy, and code cells, which the notebooks run themselves;
-- the calls in `LEFT_OUT`, for the reason that stands there."""
+- the calls in `LEFT_OUT`, for the reason that stands there.
+
+Lines of the command line, in backticks or in a block, are read by the program, but for those with an ellipsis."""
 import ast
+import re
+import shlex
 import shutil
 
 import pytest
 
 import spectrum_nb
 from spectrum_nb.apply import apply_spectrum
+from spectrum_nb.cli import COMMANDS, read_options
 from spectrum_nb.handle import SpectrumHandle
 from spectrum_nb.plan import make_plan
 from spectrum_nb.settings import SpectrumConfig
@@ -65,6 +70,31 @@ def test_a_call_in_prose_runs(notebook, code, names, tmp_path, monkeypatch):
     try: made = eval(code.strip(), dict(names))
     except Exception as e: pytest.fail(f'`{code}` in {notebook}: {type(e).__name__}: {e}')
     if isinstance(made, SpectrumHandle): made.remove()
+
+
+def commands_in_prose():
+    "(notebook, words) of every line of the command line, each once a notebook"
+    found = {}
+    for notebook, cells in notebooks().items():
+        prose = '\n'.join(cell.text for cell in cells if cell.kind == 'markdown')
+        for line in re.findall(r'(?:^|`)spectrum-nb ([^`\n]+)', prose, re.M):
+            words = shlex.split(line, comments=True)
+            if len(words) > 1 and '…' not in line and words[0] in COMMANDS: found[notebook, tuple(words)] = None
+    return [*found]
+
+
+COMMAND_LINES = commands_in_prose()
+
+
+@pytest.mark.parametrize('notebook, words', COMMAND_LINES)
+def test_a_command_in_prose_has_options_that_there_are(notebook, words):
+    name, *argv = words
+    try: read_options(name, argv)
+    except ValueError as e: pytest.fail(f'`spectrum-nb {" ".join(words)}` in {notebook}: {e}')
+
+
+def test_commands_are_found_in_prose():
+    assert {words[0] for _, words in COMMAND_LINES} >= {'bench', 'calibrate', 'run', 'train', 'tune'}
 
 
 def test_calls_are_found_in_prose():

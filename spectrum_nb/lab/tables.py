@@ -19,11 +19,12 @@ from .bench import forecast_bench, loops_bench
 from .calibrated import BUDGETS, calibrated_bench, predicted_bench, transfer_bench
 from .cost import cost_jobs
 from .early_few import early_jobs, few_jobs, forms_jobs
+from .emoji_quality import open_quality_jobs
 from .features import features_bench
 from .hard import hard_jobs
-from .peers import peers_bench
+from .open_world import open_jobs
+from .peers import peers_bench, quality_bench
 from .real_size import real_size_jobs
-from .rivals import quality_bench
 from ..methods import as_text
 from ..presets import TINY, find_preset
 
@@ -43,7 +44,9 @@ MEASURES = dict(   # sub-command: what it measures
     forms='every schedule with every forecaster',
     early='passes early or late',
     few='small budgets',
-    features='features along runs')
+    features='features along runs',
+    open='prompts that fix and prompts that leave open, one model',
+    open_quality='whether tiny-emoji draws what it is told')
 
 # %% ../../nbs/57c_tables.ipynb #662c827f
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Table:
     first:int            # seed of the first
     jobs:object          # function of prompts and device: {(group,) model: what makes its rows}
     varied:bool=False    # whether its cells have guidance scales of their own
+    of:str='held-out captions, one batch'  # what the prompts are
 
 # %% ../../nbs/57c_tables.ipynb #eccae0d7
 def quality_jobs(prompts, device):
@@ -102,7 +106,9 @@ TABLES = dict(
     forms=Table('50', 8, 8500, forms_jobs, varied=True),
     early=Table('50', 16, 8700, early_jobs, varied=True),
     few=Table('20 and 28', 16, 8900, few_jobs, varied=True),
-    features=Table('50', 4, 7000, features_jobs))
+    features=Table('50', 4, 7000, features_jobs),
+    open=Table('50 and 28', 32, 9100, open_jobs, of='prompts of each openness, one batch'),
+    open_quality=Table('50', 128, 7000, open_quality_jobs, of='prompts, one batch'))
 
 # %% ../../nbs/57c_tables.ipynb #28e06e51
 SIZED = 'cost', 'real_size'
@@ -149,9 +155,10 @@ def parts_of(
     jobs, wanted = table.jobs(n, device), {m for m in (models or '').split(',') if m}
     if unknown := wanted - {model for *_, model in jobs} - {key[0] for key in jobs}:
         raise ValueError(f'bench {what} knows no model {", ".join(sorted(unknown))}')
-    guidance = 'as the cells say' if table.varied else {m: find_preset(m).call['guidance_scale'] for m in TINY}
+    models = dict.fromkeys(model for *_, model in jobs)
+    guidance = 'as the cells say' if table.varied else {m: find_preset(m).call['guidance_scale'] for m in models}
     made_with = measured_with(what, f'prompts {n}', device, out, steps=table.steps,
-                              prompts=f'{n} held-out captions, one batch',
+                              prompts=f'{n} {table.of}',
                               seeds=f'{table.first} to {table.first - 1 + n}', guidance=guidance)
     fresh = dict(tables={}, prompts=n, provenance=made_with)
     return fresh, jobs, {key: job for key, job in jobs.items() if not wanted or wanted & {*key}}

@@ -16,8 +16,8 @@ from .flux import small_t5, start_as_identity, word_tokenizer
 def code_frames_apart(
     vae,  # AutoencoderKLWan, changed in place
 ):
-    """Let a causal video autoencoder begin as one of pictures: nothing is read from earlier frames,
-    in fewer frames the last of each pair is kept, in more each is repeated"""
+    """Start a causal video autoencoder as one that codes each frame by itself. Its convolutions read no earlier frame.
+    Where time is halved, the last frame of each pair is kept; where it is doubled, each frame is repeated"""
     with torch.no_grad():
         for name, m in vae.named_modules():
             if isinstance(m, torch.nn.Conv3d) and m.kernel_size[0] == 3:
