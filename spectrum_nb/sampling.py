@@ -19,7 +19,7 @@ from .cli_settings import calibrated_plan, check_name, check_plan, check_seeds, 
 from .figures import save_figure
 from .files import provenance, save_json
 from .kept import digest
-from .lab.tiny_emoji import check_prompt
+from .lab.tiny_emoji import check_prompts
 from .options import check_counts, picked, takes
 from .runs import compare_folders, comparison_strip, sample_all, summarise
 from .samples import all_jobs, make_samples, read_prompts, save_sample
@@ -64,7 +64,7 @@ def sample(
     if prompt is None: raise ValueError('what is to be drawn? say it with --prompt; --prompt "" draws without one')
     path = sample_path(out)
     set_up, applied, config, made = ready(plan, kwargs)
-    check_prompt(set_up.model, prompt)
+    check_prompts(set_up.model, [prompt])
     check_seeds(seed, set_up.num)
     pipe, call, config = loaded(set_up, config, made, kwargs)
     drawn, ran = make_samples(pipe, prompt, range(seed, seed + set_up.num), set_up.n_steps, config, call, **applied)
@@ -119,7 +119,7 @@ def run(
         raise ValueError(f'the name of an experiment is one folder, not {name!r}')
     jobs, state = all_jobs(read_prompts(prompts, limit), range(seed, seed + seeds)), PartialState()
     set_up, applied, config, made = ready(plan, kwargs | dict(device=kwargs.get('device') or str(state.device)))
-    for job in jobs: check_prompt(set_up.model, job.prompt)
+    check_prompts(set_up.model, [job.prompt for job in jobs])
     pipe, call, config = loaded(set_up, config, made, kwargs, bar=False)
     folder, settings = Path(out)/name, run_settings(set_up, pipe, call, said_of(config, plan))
     draw = partial(sample_all, pipe, jobs, n_steps=set_up.n_steps, call=call, fps=set_up.frames_a_second,

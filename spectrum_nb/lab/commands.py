@@ -20,7 +20,7 @@ from .captions import held_captions, summary
 from .emoji import open_prompts
 from .tables import MEASURES, OPTIONS, measure_once, measure_parts, parts_of
 from .tiny import train_tiny
-from .tiny_emoji import check_prompt, known_emojis, train_tiny_emoji
+from .tiny_emoji import check_prompts, known_emojis, train_tiny_emoji
 from ..methods import Method, all_methods, as_text, comparison_figure, run_methods
 from ..options import check_counts
 from ..plan import make_plan
@@ -73,7 +73,7 @@ def demo_prompts(
     emojis = known_emojis(model)
     if not prompt: return open_prompts(emojis, 'name', n) if emojis else held_captions(call, n)
     if not emojis: raise ValueError(f'{model} draws captions of its own; --prompt is for tiny-emoji')
-    check_prompt(model, prompt)
+    check_prompts(model, [prompt])
     return [prompt]*n
 
 # %% ../../nbs/58_lab_commands.ipynb #fee8327b

@@ -15,7 +15,7 @@ from .emoji import CHOSEN_ON, OPENNESS, open_prompts
 from .hard import draw, hard_methods, score
 from .tiny_emoji import known_emojis
 from ..methods import Method
-from ..metrics import fidelity
+from ..metrics import psnr
 from ..noise_gaps import PowerSpaced
 from ..presets import call_defaults, load_pipeline
 from ..settings import config_for_passes
@@ -41,8 +41,8 @@ def open_score(
     samples, references,  # as many samples
 ):                        # dict
     "`score`, and the share of samples that show something else"
-    psnr = np.array([fidelity(a, b)['psnr'] for a, b in zip(samples, references)])
-    return score(samples, references, None) | dict(lost=float(np.mean(psnr < 20)))
+    lost = [psnr(a, b) < 20 for a, b in zip(samples, references)]
+    return score(samples, references, None) | dict(lost=float(np.mean(lost)))
 
 # %% ../../nbs/53b_open_world.ipynb #1487ec51
 def length_rows(

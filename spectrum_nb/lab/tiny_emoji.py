@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARES', 'STEPS', 'TOLD', 'NOTICE', 'new_emoji_vae', 'new_tiny_emoji', 'open_batch', 'quick_velocity', 'train_open',
-           'training_pictures', 'licence_notice', 'train_tiny_emoji', 'known_emojis', 'check_prompt']
+           'training_pictures', 'licence_notice', 'train_tiny_emoji', 'known_emojis', 'check_prompts']
 
 # %% ../../nbs/30b_tiny_emoji.ipynb #90bac951
 import copy
@@ -168,21 +168,20 @@ def known_emojis(
 ):          # list of Emoji; None for a model of another world
     "The pictures that a model of the open world was trained on, by name"
     preset = find_preset(model)
-    names = Path(preset.source if preset else model)/'names.json'
-    if not names.is_file(): return None
+    if not preset or not (names := Path(preset.source)/'names.json').is_file(): return None
     emojis = read_json(names, emojis=list)['emojis']
     return [Emoji(**emoji | dict(keywords=tuple(emoji['keywords']))) for emoji in emojis]
 
 # %% ../../nbs/30b_tiny_emoji.ipynb #2dfbd38f
-def check_prompt(
-    model,   # a preset, or the folder of a pipeline
-    prompt,  # what it is to draw
+def check_prompts(
+    model,    # a preset, or the folder of a pipeline
+    prompts,  # what it is to draw
 ):
     "Raise a `ValueError` for words that a model of the open world never saw, with the nearest names"
     emojis = known_emojis(model)
-    if not emojis: return
-    if unknown := unknown_words(prompt, emojis):
-        raise ValueError(f'tiny-emoji knows no {", ".join(map(repr, unknown))}; names like {prompt!r} are '
-                         f'{", ".join(nearest_names(prompt, emojis))}')
-    if (length := len(words_of(prompt))) > MOST_WORDS:
-        raise ValueError(f'{prompt[:60]!r} has {length} words and signs, and tiny-emoji reads {MOST_WORDS}')
+    for prompt in prompts if emojis else ():
+        if unknown := unknown_words(prompt, emojis):
+            raise ValueError(f'tiny-emoji knows no {", ".join(map(repr, unknown))}; names like {prompt!r} are '
+                             f'{", ".join(nearest_names(prompt, emojis))}')
+        if (length := len(words_of(prompt))) > MOST_WORDS:
+            raise ValueError(f'{prompt[:60]!r} has {length} words and signs, and tiny-emoji reads {MOST_WORDS}')
