@@ -7,7 +7,7 @@ __all__ = ['FORECASTERS', 'ridge_weights', 'Chebyshev', 'newton_weights', 'Newto
            'check_forecaster', 'name_of', 'repr_of', 'Blend']
 
 # %% ../nbs/04_forecast.ipynb #6eaa7af0
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 
 import numpy as np
@@ -152,6 +152,12 @@ def slopes(self:SteadyLine,
 ):                # [K] weights, or [R, K]; they sum to 0
     "What is added to the weights for d = 1: the line's minus those of reuse"
     return newton_weights(known, steps, 1) - newton_weights(known, steps, 0)
+
+# %% ../nbs/04_forecast.ipynb #6815156a
+@patch
+def when_open(self:SteadyLine):
+    "The forecaster of an open run: the whole line, unless the run answers against it"
+    return replace(self, trust=1., base=1., first=1.)
 
 # %% ../nbs/04_forecast.ipynb #952dc267
 def check_forecaster(

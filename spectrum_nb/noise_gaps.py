@@ -6,7 +6,7 @@
 __all__ = ['SCHEDULES', 'noise_shares', 'step_density', 'density_of', 'NoiseSpaced', 'NoiseQuantiles', 'PowerSpaced']
 
 # %% ../nbs/05b_noise_gaps.ipynb #46c932fa
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 
 import numpy as np
@@ -81,14 +81,16 @@ class NoiseQuantiles(Budget):
     room:float=.35   # of a gap, after the last pass; 0 puts it on the last step
     below:float=.12  # share of noise, which is at most so large at the last pass; 1 does not ask
     least:int=8      # passes at least, where a speed-up gives their number; fewer do not ask for `below`
+    early:float=0.   # c: a step counts e^(−c·u), with u from 0 at the start of the run to 1 at its end
+    first:float=1.   # of a gap, between the first two passes
     warmup:int=1     # passes at the start
     last:int=0       # passes at the end
     name = 'quantiles'
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ('power', 'room'): check_number(name, getattr(self, name), 0)
-        check_number('below', self.below, 0, Real, 1)
+        for name in ('power', 'room', 'early'): check_number(name, getattr(self, name), 0)
+        for name in ('below', 'first'): check_number(name, getattr(self, name), 0, Real, 1)
         check_number('least', self.least, 1, Integral)
 
     def __call__(self,
@@ -99,10 +101,11 @@ class NoiseQuantiles(Budget):
         n_passes, start, end = self.budget(n_steps)
         if self.n_passes is None and (self.speedup or SPEEDUP) > 1: n_passes = min(max(n_passes, self.least), n_steps)
         first, stop = start - 1, n_steps - end           # between these stand the passes that are not fixed
-        reached = np.cumsum([0, *density_of(sigmas, n_steps, self.power)])[first:stop]
+        counts = density_of(sigmas, n_steps, self.power)*np.exp(-self.early*(np.arange(n_steps) + .5)/n_steps)
+        reached = np.cumsum([0, *counts])[first:stop]
         shares = None if sigmas is None or n_passes < self.least else noise_shares(sigmas)[first:stop]
-        gaps = n_passes - start - end
-        wanted = self._finish(reached - reached[0], shares, gaps)*np.arange(gaps + 1)/max(gaps, 1)
+        at = np.cumsum([0, self.first, *[1]*n_steps])[:n_passes - start - end + 1]      # the passes, in gaps
+        wanted = self._finish(reached - reached[0], shares, at[-1])*at/max(at[-1], 1e-9)
         nearest = [first + int(np.abs(reached - reached[0] - w).argmin()) for w in wanted]
         return [*range(first), *_distinct(nearest, first, stop), *range(stop, n_steps)]
 
@@ -111,13 +114,19 @@ class NoiseQuantiles(Budget):
 def _finish(self:NoiseQuantiles,
     reached,  # [R] Σ|Δσ|^power up to each step that may be a pass, from 0
     shares,   # [R] share of noise at each, or None where `below` is not asked
-    gaps,     # gaps between passes
+    gaps,     # gaps before the last pass
 ):            # the sum at which the last pass stands
     "Where the last pass stands: with room for a part of a gap, but not where there is much noise"
     finish = reached[-1]*gaps/max(gaps + self.room, 1e-9)
     if shares is None: return finish
     low = shares <= self.below
     return max(finish, reached[low.argmax() if low.any() else -1])
+
+# %% ../nbs/05b_noise_gaps.ipynb #08af5f79
+@patch
+def when_open(self:NoiseQuantiles):
+    "The schedule of an open run, whose errors grow at the start; None if its passes are early anyway"
+    return None if self.early else replace(self, power=1., early=1.5, first=.8, below=1.)
 
 # %% ../nbs/05b_noise_gaps.ipynb #016ac286
 @dataclass(frozen=True, repr=False)

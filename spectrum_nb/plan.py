@@ -6,7 +6,7 @@
 __all__ = ['Plan', 'weights_of', 'plan_from', 'taylor_plan', 'reuse_plan', 'Latest', 'make_plan']
 
 # %% ../nbs/07_plan.ipynb #4db64e31
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral
 
@@ -17,7 +17,7 @@ from .checks import check_number
 from .figures import METHODS, in_style, new_figure
 from .forecast import Newton
 from .schedule import check_passes
-from .settings import SpectrumConfig
+from .settings import FAINT, SpectrumConfig
 
 # %% ../nbs/07_plan.ipynb #af73d98f
 def _square(weights):
@@ -51,6 +51,14 @@ def _check_causal(W, others, passes):
         raise ValueError(f'step {int(np.argmin((W != 0).any(1)))} is no pass and its row of weights is zero: '
                          'it needs passes to be forecast from')
 
+# %% ../nbs/07_plan.ipynb #1c8cfcdf
+def _check_other(other, n_steps):
+    "A `TypeError` or `ValueError` unless what is followed in an open run is a plan of as many steps, or None"
+    if other is None: return
+    if not isinstance(other, Plan): raise TypeError(f'open must be a Plan, not {other!r}')
+    if other.n_steps != n_steps:
+        raise ValueError(f'the plan for open runs is for {other.n_steps} steps and this one for {n_steps}')
+
 # %% ../nbs/07_plan.ipynb #0985b2b4
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -61,6 +69,8 @@ class Plan:
     name:str='plan'          # what it is, for tables and figures
     slopes:np.ndarray=None   # [n, n] what the share of a line measured in the run adds to weights and checks, at d = 1
     damping:object=None      # `SteadyLine`, whose settings say how it is measured; None without slopes
+    open:object=None         # Plan that is followed after step 0, where the run turns out to be open
+    faint:float=FAINT        # mean square of the first predicted clean sample, below which it is
 
     def __post_init__(self):
         W = _square(self.weights)
@@ -71,6 +81,7 @@ class Plan:
         if S.any() and self.damping is None:
             raise ValueError('slopes need damping, a SteadyLine: it says how the share of the line is measured')
         _check_causal(W, (C, S), passes)
+        _check_other(self.open, len(W))
         for name, value in (('passes', passes), ('weights', W), ('checks', C), ('slopes', S)):
             object.__setattr__(self, name, value)
         for A in (W, C, S): A.setflags(write=False)
@@ -87,12 +98,14 @@ class Plan:
     def last_use(self):
         "[n] the last step that reads each step's feature, −1 where none does: a feature can be dropped after it"
         reads = (np.tril(self.weights, -1) != 0) | (self.checks != 0) | (self.slopes != 0)
-        return [int(np.flatnonzero(r)[-1]) if r.any() else -1 for r in reads.T]
+        use = [int(np.flatnonzero(r)[-1]) if r.any() else -1 for r in reads.T]
+        return use if self.open is None else [max(use[0], min(self.open.last_use[0], 1)), *use[1:]]
 
     @cached_property
     def capacity(self):
-        "The largest number of features that must be kept at once"
-        return max(sum(self.last_use[k] > i for k in range(i + 1)) for i in range(self.n_steps))
+        "The largest number of features that must be kept at once, whichever plan is followed"
+        own = max(sum(self.last_use[k] > i for k in range(i + 1)) for i in range(self.n_steps))
+        return own if self.open is None else max(own, self.open.capacity)
 
     def __repr__(self):
         passes = ' '.join(map(str, self.passes))
@@ -107,7 +120,8 @@ def first(
     "The plan of a run that ends early"
     check_number('n_steps', n_steps, 1, Integral, self.n_steps)
     passes, part = [p for p in self.passes if p < n_steps], np.s_[:n_steps, :n_steps]
-    return Plan(passes, self.weights[part], self.checks[part], self.name, self.slopes[part], self.damping)
+    return Plan(passes, self.weights[part], self.checks[part], self.name, self.slopes[part], self.damping,
+                self.open and self.open.first(n_steps), self.faint)
 
 # %% ../nbs/07_plan.ipynb #7af1db6a
 @patch
@@ -123,7 +137,9 @@ def part(
         raise ValueError(f'the plan has no pass at step {begin}, or forecasts after it from passes before it; what '
                          'takes over there has a history of its own. A calibration of this pipeline makes plans that fit')
     passes, inside = [p - begin for p in self.passes if begin <= p < begin + n_steps], (steps, steps)
-    return Plan(passes, self.weights[inside], self.checks[inside], self.name, self.slopes[inside], self.damping)
+    other = self.open and not begin and self.open.part(begin, n_steps) or None      # only at the start is it asked
+    return Plan(passes, self.weights[inside], self.checks[inside], self.name, self.slopes[inside], self.damping,
+                other, self.faint)
 
 # %% ../nbs/07_plan.ipynb #51f806f5
 @patch
@@ -233,4 +249,6 @@ def make_plan(
     check_number('n_steps', n_steps, 1, Integral)
     if not isinstance(config, SpectrumConfig): raise TypeError(f'make_plan needs a SpectrumConfig, not {config!r}')
     forecaster = Latest(config.forecaster, config.keep) if config.keep else config.forecaster
-    return plan_from(config.passes(n_steps, sigmas), n_steps, forecaster, config.name)
+    plan = plan_from(config.passes(n_steps, sigmas), n_steps, forecaster, config.name)
+    other = None if sigmas is None or plan.is_pass.all() else config.when_open()
+    return plan if other is None else replace(plan, open=make_plan(other, n_steps, sigmas), faint=config.faint)

@@ -18,6 +18,7 @@ from .call import is_feature
 from .clock import Moment
 from .damping import Steadiness
 from .history import History
+from .openness import FirstLook
 from .report import RunStats
 
 # %% ../nbs/14_run.ipynb #3ae110dc
@@ -49,6 +50,7 @@ class Run:
         self.n_steps, self.step, self.done = plan.n_steps, 0, False       # `step` is the next one
         self.passes, self.fallbacks, self.errors, self.forced, self.nbytes = [], {}, {}, set(), 0
         self.form = self.signature = self.kinds = None        # of the feature, of the sample, of the feature's tensors
+        self.beginning, self.open = FirstLook(), False        # the mean square of the first prediction; is it faint?
         self.differentiable = False
         self.began, self.called, self.thread = 0, 0, get_ident()
         self.begin(plan, 0)
@@ -57,9 +59,17 @@ class Run:
 @patch
 def begin(self:Run, plan, start):
     "Follow `plan` from step `start` on, with an empty history"
-    self.plan, self.start, self.histories = plan, start, []
-    line = plan.damping
+    self.start, self.histories, self.steadiness = start, [], None
+    self.follow(plan)
+
+# %% ../nbs/14_run.ipynb #11c30f83
+@patch
+def follow(self:Run, plan):
+    "Follow `plan`, with the history as it is"
+    self.plan, line, watched = plan, plan.damping, self.steadiness
+    for history in self.histories: history.plan = plan
     self.steadiness = None if line is None else Steadiness(line.trust, line.base, line.first, line.memory)
+    if self.steadiness and watched: self.steadiness.left = watched.left
     # steps at which a line is followed
     self.follows = [False]*plan.n_steps if line is None else plan.slopes.any(1).tolist()
 
@@ -132,11 +142,23 @@ def weigh(self:Run, rows, i):
 # %% ../nbs/14_run.ipynb #e4649dbc
 @patch
 def see(self:Run, i, sample, moment):
-    "Watch the sample of step i, where the plan measures how far its lines may be followed"
-    if self.steadiness is None or sample is None: return
+    "Watch the sample of step i, where the plan measures something on it"
+    if sample is None: return
+    if self.plan.open is not None: self.look(i, sample, moment)
+    if self.steadiness is None: return
     share = float(i) if self.sigmas is None else self.sigmas[i]
     self.steadiness.see(i, sample, share, self.plan.is_pass[i - self.start], moment.flow or self.sigmas is None,
                         moment.kept)
+
+# %% ../nbs/14_run.ipynb #265647ed
+@patch
+def look(self:Run, i, sample, moment):
+    "After the first pass, find out whether the run is open; then the plan for that is followed"
+    if self.sigmas is None or self.first or self.start: return
+    if not self.beginning.see(i, sample, self.sigmas, moment.flow, moment.kept): return
+    energy = self.beginning.energy
+    self.open = self.in_any(energy is not None and energy < self.plan.faint)
+    if self.open: self.follow(self.plan.open)
 
 # %% ../nbs/14_run.ipynb #b0da2e8f
 @patch
@@ -234,4 +256,4 @@ def finish(self:Run):
     at = lambda steps: {self.first + i: x for i, x in steps.items()}           # steps of the run, not of the share
     return RunStats(self.context, self.n_steps, [self.first + i for i in self.passes], at(self.fallbacks),
                     at({i: e.item() for i, e in self.errors.items()}), self.nbytes,
-                    at(self.steadiness.ratios) if self.steadiness else {})
+                    at(self.steadiness.ratios) if self.steadiness else {}, self.beginning.energy, self.open)

@@ -46,7 +46,7 @@ def early_cell(
     rows = [dict(schedule='plain steps', early=None) | score(run(Method('', 10, None, own))[0], full, None)]
     for name, schedule in EARLY.items():
         passes = schedule(50, sigmas)
-        samples, _ = run(Method(name, 50, SpectrumConfig(schedule), own))
+        samples, _ = run(Method(name, 50, SpectrumConfig(schedule, faint=0), own))
         rows.append(dict(schedule=name, early=sum(p < 10 for p in passes)/len(passes)) | score(samples, full, None))
     return rows
 

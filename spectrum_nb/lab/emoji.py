@@ -133,9 +133,10 @@ def mixed_prompts(
     emojis,       # list of Emoji
     n:int,        # how many
     first:int=0,  # as for `open_prompts`
+    levels=(*OPENNESS,), # words in OPENNESS
 ):                # list of prompts
-    "Prompts of all openness by turns"
-    rows = [open_prompts(emojis, level, n, first) for level in OPENNESS]
+    "Prompts of several openness by turns"
+    rows = [open_prompts(emojis, level, n, first) for level in levels]
     return [rows[k % len(rows)][k] for k in range(n)]
 
 # %% ../../nbs/30a_emoji.ipynb #5b779b8b

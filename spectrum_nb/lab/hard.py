@@ -27,7 +27,7 @@ from ..presets import TINY, call_defaults, find_preset, load_pipeline
 from ..samplers import sampled_by, second_order
 from ..schedule import Even, Growing
 from ..settings import SpectrumConfig, growing_for
-from ..shipped import calibration_file, shipped_calibration
+from ..shipped import calibration_file, shipped_plan
 
 # %% ../../nbs/50_hard.ipynb #b8973643
 KINDS = dict(captions=lambda caption: caption, half=half_caption, empty=lambda caption: '')
@@ -76,7 +76,7 @@ def _calibrated(model, n_steps, n_passes, published):
     if not calibration_file(model, n_steps, published).is_file(): return {}
     with warnings.catch_warnings():                # plain steps are in the table anyway
         warnings.simplefilter('ignore')
-        return dict(calibrated=shipped_calibration(model, n_steps, published).plan(n_passes))
+        return dict(calibrated=shipped_plan(model, n_steps, n_passes, published))
 
 # %% ../../nbs/50_hard.ipynb #8cd30517
 def hard_methods(

@@ -1,0 +1,104 @@
+"Whether a run is open shows after its first pass: what is measured, what is followed, and who is not asked"
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from spectrum_nb.apply import apply_spectrum
+from spectrum_nb.lab.captions import held_captions
+from spectrum_nb.plan import make_plan, reuse_plan
+from spectrum_nb.settings import SpectrumConfig
+
+from pipelines import latents, picture, tiny_pipeline
+from toys import Toy, loop
+
+N, CONFIG = 20, SpectrumConfig(n_passes=8)
+# with the empty prompt errors grow; the caption fixes the picture
+OPEN, FIXED = '', 'a red circle'
+MODELS = ('tiny-flux', 'tiny-sd3', 'tiny-wan')      # guidance distilled, in one batch, by two calls and a multistep sampler
+
+
+def first_prediction(pipe, draw):
+    "What the first step of a flow's sampler predicts of the clean sample, worked out from its velocity"
+    seen, step = [], pipe.scheduler.step
+
+    def watch(output, timestep, sample, *args, **kwargs):
+        if not seen: seen.append(sample.float() - pipe.scheduler.sigmas[0]*output.float())
+        return step(output, timestep, sample, *args, **kwargs)
+
+    pipe.scheduler.step = watch
+    try: draw()
+    finally: del pipe.scheduler.step
+    return seen[0]
+
+
+def levels_of(pipe): return tuple(pipe.scheduler.sigmas[:N + 1].tolist())
+
+
+@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('is_open', [True, False])
+def test_the_first_prediction_decides_which_of_two_plans_is_followed(name, is_open):
+    pipe, call = tiny_pipeline(name)
+    prompt = OPEN if is_open else held_captions(call, 1)[0]
+    with apply_spectrum(pipe, CONFIG) as run: got = latents(pipe, call, N, prompt=prompt)
+    predicted = first_prediction(pipe, lambda: latents(pipe, call, N, prompt=prompt))
+    energy = predicted.square().mean().item()
+
+    config = CONFIG.when_open() if is_open else SpectrumConfig(n_passes=8, faint=0)
+    plan = make_plan(config, N, levels_of(pipe))
+    for stats in run.stats:
+        assert stats.energy == pytest.approx(energy, rel=1e-3)
+        assert stats.open == (energy < CONFIG.faint) == is_open
+        assert (stats.passes, stats.fallbacks) == (plan.passes, {})
+    with apply_spectrum(pipe, plan): want = latents(pipe, call, N, prompt=prompt)
+    assert torch.equal(got, want)
+    assert ('the run was open' in str(run.report())) == is_open
+
+
+def test_a_batch_has_one_answer_the_geometric_mean_of_its_images():
+    pipe, call = tiny_pipeline('tiny-flux')
+
+    def energy_of(prompts):
+        with apply_spectrum(pipe, CONFIG) as run:
+            noise = [torch.Generator().manual_seed(3 + i) for i in range(len(prompts))]
+            pipe(prompts, num_inference_steps=N, generator=noise, output_type='latent', **call)
+        return run.stats[0].energy
+
+    both = energy_of([OPEN, FIXED])
+    with apply_spectrum(pipe, CONFIG) as run:
+        latents(pipe, call, N, seed=3, prompt=OPEN)
+        latents(pipe, call, N, seed=4, prompt=FIXED)
+    assert both == pytest.approx(np.sqrt(np.prod([s.energy for s in run.stats])), rel=1e-4)
+
+
+def test_a_run_that_begins_with_a_picture_is_not_asked():
+    pipe, call = tiny_pipeline('tiny-flux')
+    pipe = diffusers.FluxImg2ImgPipeline(**{k: v for k, v in pipe.components.items() if k in (
+        'scheduler', 'vae', 'text_encoder', 'tokenizer', 'text_encoder_2', 'tokenizer_2', 'transformer')})
+    pipe.set_progress_bar_config(disable=True)
+    with apply_spectrum(pipe, CONFIG) as run:
+        pipe(OPEN, image=picture(call['height']), strength=.5, num_inference_steps=2*N, output_type='latent', **call)
+    assert (run.stats[0].energy, run.stats[0].open) == (None, False)
+
+
+def test_neither_is_one_whose_sampler_tells_no_noise_levels():
+    toy = Toy()
+    with apply_spectrum(toy, CONFIG, n_steps=N) as run: loop(toy, range(N))
+    assert (run.stats[0].energy, run.stats[0].passes) == (None, make_plan(CONFIG, N).passes)
+
+
+def test_two_plans_of_ones_own_are_joined_and_a_threshold_of_zero_asks_nobody():
+    pipe, call = tiny_pipeline('tiny-flux')
+    late, early = reuse_plan([0, 9, 15], N), reuse_plan([0, 1, 2], N)
+    taken = []
+    for faint in (0, 1e6):
+        with apply_spectrum(pipe, late.or_open(early, faint)) as run: latents(pipe, call, N, prompt=OPEN)
+        taken.append(run.stats[0].passes)
+    assert taken == [late.passes, early.passes]
+
+
+def test_the_other_plan_finds_what_pass_0_left_even_if_the_first_plan_would_have_dropped_it():
+    pipe, call = tiny_pipeline('tiny-flux')
+    every, few = SpectrumConfig(speedup=1), reuse_plan([0, 5], N)
+    with apply_spectrum(pipe, make_plan(every, N).or_open(few)) as run: latents(pipe, call, N, prompt=OPEN)
+    assert (run.stats[0].passes, run.stats[0].fallbacks) == (few.passes, {})
