@@ -22,6 +22,7 @@ from .early_few import early_jobs, few_jobs, forms_jobs
 from .emoji_quality import open_quality_jobs
 from .features import features_bench
 from .hard import hard_jobs
+from .open_runs import openness_jobs
 from .open_world import open_jobs
 from .peers import peers_bench, quality_bench
 from .real_size import real_size_jobs
@@ -46,7 +47,8 @@ MEASURES = dict(   # sub-command: what it measures
     few='small budgets',
     features='features along runs',
     open='prompts that fix and prompts that leave open, one model',
-    open_quality='whether tiny-emoji draws what it is told')
+    open_quality='whether tiny-emoji draws what it is told',
+    openness='which runs are open')
 
 # %% ../../nbs/57c_tables.ipynb #662c827f
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ TABLES = dict(
     few=Table('20 and 28', 16, 8900, few_jobs, varied=True),
     features=Table('50', 4, 7000, features_jobs),
     open=Table('50 and 28', 32, 9100, open_jobs, of='prompts of each openness, one batch'),
-    open_quality=Table('50', 128, 7000, open_quality_jobs, of='prompts, one batch'))
+    open_quality=Table('50', 128, 7000, open_quality_jobs, of='prompts, one batch'),
+    openness=Table('50', 32, 9300, openness_jobs, varied=True, of='prompts, one at a time'))
 
 # %% ../../nbs/57c_tables.ipynb #28e06e51
 SIZED = 'cost', 'real_size'
