@@ -23,7 +23,7 @@ from ..settings import SpectrumConfig, config_for_passes
 EARLY = {
     'noise, power 1': NoiseQuantiles(10, power=1.),
     'noise, power 0.5': NoiseQuantiles(10, power=.5),
-    'default': NoiseQuantiles(10),
+    'default, not looking': NoiseQuantiles(10),
     'even': NoiseQuantiles(10, power=0.),
     'power 1.2': PowerSpaced(10, power=1.2, warmup=1),
     'power 1.5': PowerSpaced(10, power=1.5, warmup=1),

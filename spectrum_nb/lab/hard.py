@@ -8,6 +8,7 @@ __all__ = ['KINDS', 'LISTS', 'SPEEDUPS', 'PUBLISHED', 'LENGTHS', 'sd_cpp_passes'
 
 # %% ../../nbs/50_hard.ipynb #14b43a35
 import warnings
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -93,7 +94,8 @@ def hard_methods(
         default = SpectrumConfig(speedup=speedup)
         k = len(make_plan(default, n_steps).passes)
         lists = _searched(n_steps, k)
-        configs = dict(default=default) | _rules(n_steps, k) | lists | _calibrated(model, n_steps, k, published)
+        configs = dict(default=default, late=replace(default, faint=0)) | _rules(n_steps, k) | lists
+        configs |= _calibrated(model, n_steps, k, published)
         if speedup == speedups[0]: configs['stable-diffusion.cpp'] = _sd_cpp(n_steps)
         methods[speedup] = [
             *(Method(name, k, None, scheduler) for name, scheduler in _plain(own, second).items()),

@@ -18,12 +18,12 @@ from ..methods import Method
 from ..metrics import psnr
 from ..noise_gaps import PowerSpaced
 from ..presets import call_defaults, load_pipeline
-from ..settings import SpectrumConfig, config_for_passes
+from ..settings import config_for_passes
 from ..trials import try_plans
 
 # %% ../../nbs/53b_open_world.ipynb #7eda079d
 LENGTHS = {50: (3.5, 5.), 28: (3.5,)}     # steps: speed-ups
-COMPARED = ('plain steps', 'second-order steps', 'default', 'reuse, equal gaps', 'line, equal gaps', 'paper',
+COMPARED = ('plain steps', 'second-order steps', 'default', 'late', 'reuse, equal gaps', 'line, equal gaps', 'paper',
             'calibrated')
 
 # %% ../../nbs/53b_open_world.ipynb #4d58cda8
@@ -58,8 +58,7 @@ def length_rows(
     guidance, rows = call_defaults(pipe, model)['guidance_scale'], []
     for methods in hard_methods(pipe, model, n_steps, speedups, guidance).values():
         budget = methods[0].steps
-        more = dict(late=SpectrumConfig(n_passes=budget, faint=0),
-                    early=config_for_passes(budget, n_steps, PowerSpaced()))
+        more = dict(early=config_for_passes(budget, n_steps, PowerSpaced()))
         if own: more['calibrated for it'] = own.plan(budget)
         for method in [*(m for m in methods if m.name in COMPARED),
                        *(Method(name, n_steps, config, pipe.scheduler) for name, config in more.items())]:
