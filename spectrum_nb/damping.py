@@ -101,7 +101,7 @@ def measure(self:Steadiness, after, share_after, flow, kept):
     "The velocity at the pass that was left; with three of them, the ratio"
     step, x, share = self.left
     predicted = None if kept is None else rows_like(kept[0], x)
-    if predicted is not None: v = velocity_of_kept(x, share, predicted, kept[1], flow)
+    if predicted is not None and (kept[1] or not flow): v = velocity_of_kept(x, share, predicted, kept[1], flow)
     elif after.shape == x.shape: v = velocity_between(x, share, after, share_after, flow)
     else: return
     self.known = [(s, w) for s, w in self.known if w.shape == v.shape][-2:] + [(step, v)]

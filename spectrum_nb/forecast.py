@@ -156,8 +156,8 @@ def slopes(self:SteadyLine,
 # %% ../nbs/04_forecast.ipynb #6815156a
 @patch
 def when_open(self:SteadyLine):
-    "The forecaster of an open run: the whole line, unless the run answers against it"
-    return replace(self, trust=1., base=1., first=1.)
+    "The forecaster of an open run: the whole line, unless the run answers against it; None if settings were changed"
+    return SteadyLine(trust=1., base=1., first=1.) if self == SteadyLine() else None
 
 # %% ../nbs/04_forecast.ipynb #952dc267
 def check_forecaster(

@@ -6,7 +6,7 @@
 __all__ = ['SCHEDULES', 'noise_shares', 'step_density', 'density_of', 'NoiseSpaced', 'NoiseQuantiles', 'PowerSpaced']
 
 # %% ../nbs/05b_noise_gaps.ipynb #46c932fa
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 
 import numpy as np
@@ -82,7 +82,7 @@ class NoiseQuantiles(Budget):
     below:float=.12  # share of noise, which is at most so large at the last pass; 1 does not ask
     least:int=8      # passes at least, where a speed-up gives their number; fewer do not ask for `below`
     early:float=0.   # β: a step counts e^(−βu), with u from 0 at the start of the run to 1 at its end
-    first:float=1.   # of a gap, between the first two passes
+    first:float=1.   # of a gap: how long the first one after the warm-up is
     warmup:int=1     # passes at the start
     last:int=0       # passes at the end
     name = 'quantiles'
@@ -125,8 +125,10 @@ def _finish(self:NoiseQuantiles,
 # %% ../nbs/05b_noise_gaps.ipynb #08af5f79
 @patch
 def when_open(self:NoiseQuantiles):
-    "The schedule of an open run, whose errors grow at the start; None if its passes are early anyway"
-    return None if self.early else replace(self, power=1., early=1.5, first=.8, below=1.)
+    "The schedule of an open run, whose errors grow at the start; None for one whose shape was changed"
+    shape = [(f.name, f.default) for f in fields(self) if f.name in ('power', 'room', 'below', 'early', 'first')]
+    if any(getattr(self, name) != default for name, default in shape): return None
+    return replace(self, power=1., early=1.5, first=.8, below=1.)
 
 # %% ../nbs/05b_noise_gaps.ipynb #016ac286
 @dataclass(frozen=True, repr=False)

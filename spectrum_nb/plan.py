@@ -109,7 +109,8 @@ class Plan:
 
     def __repr__(self):
         passes = ' '.join(map(str, self.passes))
-        return f'Plan({self.name!r}, {len(self.passes)} passes of {self.n_steps} steps: {passes})'
+        other = '' if self.open is None else f'; open: {" ".join(map(str, self.open.passes))}'
+        return f'Plan({self.name!r}, {len(self.passes)} passes of {self.n_steps} steps: {passes}{other})'
 
 # %% ../nbs/07_plan.ipynb #25fa2db1
 @patch
@@ -137,7 +138,9 @@ def part(
         raise ValueError(f'the plan has no pass at step {begin}, or forecasts after it from passes before it; what '
                          'takes over there has a history of its own. A calibration of this pipeline makes plans that fit')
     passes, inside = [p - begin for p in self.passes if begin <= p < begin + n_steps], (steps, steps)
-    other = self.open and not begin and self.open.part(begin, n_steps) or None      # only at the start is it asked
+    # only at the start is it asked; a denoiser later on would not know, and make up for passes that were not spent
+    other = self.open.part(begin, n_steps) if self.open and not begin else None
+    if other and len(other.passes) != len(passes): other = None
     return Plan(passes, self.weights[inside], self.checks[inside], self.name, self.slopes[inside], self.damping,
                 other, self.faint)
 

@@ -49,8 +49,7 @@ UNSTEADY = ('the run was unsteady from step {} on: its forecasts and the denoise
             'Give it more passes, or less guidance; or take {} plain steps, which cost the same')
 
 # %% ../nbs/13_report.ipynb #d280b670
-OPENED = ('the run was open, its first prediction faint (mean square {:.2g}): it followed the plan for that, '
-          'with earlier passes')
+OPENED = 'the run was taken for open{}: it followed the plan for that, with earlier passes'
 
 # %% ../nbs/13_report.ipynb #33e9ef19
 def passes_of(
@@ -96,7 +95,9 @@ def notes(self:Report):
                  for i, s in enumerate(self.stats) for step, why in s.fallbacks.items()]
     unsteady = [f'{of(i, s)}: {UNSTEADY.format(step, s.n_passes)}'
                 for i, s in enumerate(self.stats) if (step := unsteady_from(s)) is not None]
-    opened = [f'{of(i, s)}: {OPENED.format(s.energy)}' for i, s in enumerate(self.stats) if s.open]
+    # where processes share a denoiser, another one of them may have found it
+    size = lambda s: '' if s.energy is None else f' (mean square of its first prediction {s.energy:.2g})'
+    opened = [f'{of(i, s)}: {OPENED.format(size(s))}' for i, s in enumerate(self.stats) if s.open]
     return fallbacks + opened + unsteady
 
 # %% ../nbs/13_report.ipynb #50b6efa7

@@ -59,17 +59,16 @@ class Run:
 @patch
 def begin(self:Run, plan, start):
     "Follow `plan` from step `start` on, with an empty history"
-    self.start, self.histories, self.steadiness = start, [], None
+    self.start, self.histories = start, []
     self.follow(plan)
 
 # %% ../nbs/14_run.ipynb #11c30f83
 @patch
 def follow(self:Run, plan):
     "Follow `plan`, with the history as it is"
-    self.plan, line, watched = plan, plan.damping, self.steadiness
+    self.plan, line = plan, plan.damping
     for history in self.histories: history.plan = plan
     self.steadiness = None if line is None else Steadiness(line.trust, line.base, line.first, line.memory)
-    if self.steadiness and watched: self.steadiness.left = watched.left
     # steps at which a line is followed
     self.follows = [False]*plan.n_steps if line is None else plan.slopes.any(1).tolist()
 
@@ -155,10 +154,12 @@ def see(self:Run, i, sample, moment):
 def look(self:Run, i, sample, moment):
     "After the first pass, find out whether the run is open; then the plan for that is followed"
     if self.sigmas is None or self.first or self.start: return
-    if not self.beginning.see(i, sample, self.sigmas, moment.flow, moment.kept): return
-    energy = self.beginning.energy
-    self.open = self.in_any(energy is not None and energy < self.plan.faint)
+    levels, first = self.sigmas[1:] if moment.kind else self.sigmas, self.beginning     # second calls are a level later
+    if not first.see(i, sample, levels, moment.flow, moment.kept): return
+    self.open = self.in_any(first.energy is not None and first.energy < self.plan.faint)
     if self.open: self.follow(self.plan.open)
+    if self.open and self.steadiness and first.noise is not None: self.steadiness.left = 0, first.noise, levels[0]
+    first.noise = None
 
 # %% ../nbs/14_run.ipynb #b0da2e8f
 @patch

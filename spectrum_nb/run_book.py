@@ -103,7 +103,9 @@ def new_run(self:RunBook,
 def begin_rest(self:RunBook, run, start):
     "Plan what is left of a run from step `start` on as a run of its own"
     sigmas = None if run.sigmas is None else run.sigmas[start:run.n_steps + 1]
-    if start < run.n_steps: run.begin(self.plan_for(run.n_steps - start, True, sigmas, run.whole), start)
+    if start >= run.n_steps: return
+    plan = self.plan_for(run.n_steps - start, True, sigmas, run.whole)
+    run.begin(plan.open if run.open and plan.open is not None else plan, start)
 
 # %% ../nbs/15b_run_book.ipynb #280531e7
 @patch

@@ -45,6 +45,11 @@ def _check_needs(forecaster, start, keep):
                          f'(warmup {start}, keep {keep}): use lam > 0, degree <= {known - 1}, '
                          f'or warmup and keep >= {needs}')
 
+# %% ../nbs/06_settings.ipynb #b626cafe
+def _when_open(*settings):
+    "What a schedule and a forecaster become in an open run, None for one that has no other form"
+    return [other() if (other := getattr(s, 'when_open', None)) else None for s in settings]
+
 # %% ../nbs/06_settings.ipynb #6f6f136d
 FAINT = 1.6      # mean square of the first predicted clean sample, below which a run is open
 
@@ -73,6 +78,9 @@ class SpectrumConfig:
         if keep is not None: check_number('keep', keep, 1, Integral)
         if tolerance is not None: check_number('tolerance', tolerance, 0)
         check_number('faint', faint, 0)
+        if faint not in (0, FAINT) and None in _when_open(schedule, forecaster):
+            raise ValueError(f'faint={faint} has no use: the schedule {schedule!r} or the forecaster {forecaster!r} '
+                             'has no other form for open runs, as NoiseQuantiles() and SteadyLine() have; leave it out')
         schedule = _with_budget(schedule, n_passes, speedup)
         values = dict(schedule=schedule, forecaster=forecaster, keep=keep, tolerance=tolerance, faint=faint)
         for name, value in values.items(): object.__setattr__(self, name, value)
@@ -120,9 +128,9 @@ def share(self:SpectrumConfig,
 @patch
 def when_open(self:SpectrumConfig):
     "The settings of an open run; None where they are the same"
-    others = [other() for other in (getattr(s, 'when_open', None) for s in (self.schedule, self.forecaster)) if other]
-    if not self.faint or len(others) < 2 or None in others: return None
-    return replace(self, schedule=others[0], forecaster=others[1], faint=0)
+    schedule, forecaster = _when_open(self.schedule, self.forecaster)
+    if not self.faint or schedule is None or forecaster is None: return None
+    return replace(self, schedule=schedule, forecaster=forecaster, faint=0)
 
 # %% ../nbs/06_settings.ipynb #512350a2
 @patch(as_prop=True)
