@@ -81,7 +81,7 @@ class NoiseQuantiles(Budget):
     room:float=.35   # of a gap, after the last pass; 0 puts it on the last step
     below:float=.12  # share of noise, which is at most so large at the last pass; 1 does not ask
     least:int=8      # passes at least, where a speed-up gives their number; fewer do not ask for `below`
-    early:float=0.   # β: a step counts e^(−βu), with u from 0 at the start of the run to 1 at its end
+    early:float=0.   # β: what a step counts is multiplied by e^(−βu), u from 0 at the start of the run to 1 at its end
     first:float=1.   # of a gap: how long the first one after the warm-up is
     warmup:int=1     # passes at the start
     last:int=0       # passes at the end

@@ -70,7 +70,7 @@ def first_energy(
     return energy if rows.any() and math.isfinite(energy) else None
 
 # %% ../nbs/09b_openness.ipynb #aec8ca29
-NOISE = .88     # share of noise in the first sample, at least, where a run is asked
+NOISE = .88     # share of noise in the first sample, at least, where a run is measured
 
 # %% ../nbs/09b_openness.ipynb #ca66df7d
 class FirstLook:
