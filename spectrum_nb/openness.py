@@ -74,7 +74,7 @@ NOISE = .88     # share of noise in the first sample, at least, where a run is m
 
 # %% ../nbs/09b_openness.ipynb #ca66df7d
 class FirstLook:
-    "Watches the first two calls of a run, which tell how bright its first prediction was"
+    "Watches the first two calls of a run, which tell the mean square of its first prediction"
     def __init__(self): self.noise, self.energy = None, None       # the first sample, as rows; see `first_energy`
 
     def see(self,
