@@ -7,7 +7,7 @@ __all__ = ['FORECASTERS', 'ridge_weights', 'Chebyshev', 'newton_weights', 'Newto
            'check_forecaster', 'name_of', 'repr_of', 'Blend']
 
 # %% ../nbs/04_forecast.ipynb #6eaa7af0
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 
 import numpy as np

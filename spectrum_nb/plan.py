@@ -112,6 +112,13 @@ class Plan:
         other = '' if self.open is None else f'; open: {" ".join(map(str, self.open.passes))}'
         return f'Plan({self.name!r}, {len(self.passes)} passes of {self.n_steps} steps: {passes}{other})'
 
+# %% ../nbs/07_plan.ipynb #8b3b9e49
+def _cut(plan, begin, n_steps, other=None):
+    "`n_steps` of a plan from `begin` on, with another plan beside them"
+    passes, inside = [p - begin for p in plan.passes if begin <= p < begin + n_steps], (np.s_[begin:begin + n_steps],)*2
+    return Plan(passes, plan.weights[inside], plan.checks[inside], plan.name, plan.slopes[inside], plan.damping,
+                other, plan.faint)
+
 # %% ../nbs/07_plan.ipynb #25fa2db1
 @patch
 def first(
@@ -120,9 +127,7 @@ def first(
 ):                # Plan
     "The plan of a run that ends early"
     check_number('n_steps', n_steps, 1, Integral, self.n_steps)
-    passes, part = [p for p in self.passes if p < n_steps], np.s_[:n_steps, :n_steps]
-    return Plan(passes, self.weights[part], self.checks[part], self.name, self.slopes[part], self.damping,
-                self.open and self.open.first(n_steps), self.faint)
+    return _cut(self, 0, n_steps, self.open and self.open.first(n_steps))
 
 # %% ../nbs/07_plan.ipynb #7af1db6a
 @patch
@@ -137,12 +142,10 @@ def part(
     if begin not in self.passes or before:
         raise ValueError(f'the plan has no pass at step {begin}, or forecasts after it from passes before it; what '
                          'takes over there has a history of its own. A calibration of this pipeline makes plans that fit')
-    passes, inside = [p - begin for p in self.passes if begin <= p < begin + n_steps], (steps, steps)
+    part = _cut(self, begin, n_steps)
     # only at the start is it asked; a denoiser later on would not know, and make up for passes that were not spent
     other = self.open.part(begin, n_steps) if self.open and not begin else None
-    if other and len(other.passes) != len(passes): other = None
-    return Plan(passes, self.weights[inside], self.checks[inside], self.name, self.slopes[inside], self.damping,
-                other, self.faint)
+    return replace(part, open=other) if other and len(other.passes) == len(part.passes) else part
 
 # %% ../nbs/07_plan.ipynb #51f806f5
 @patch
