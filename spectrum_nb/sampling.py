@@ -27,9 +27,9 @@ from .set_up import SetUp, applied_of
 
 # %% ../nbs/58b_sampling_commands.ipynb #ccf3ae05
 def ready(
-    plan,    # file of a calibration, `shipped`, or empty
+    plan,    # see `read_calibrations`, or empty
     kwargs,  # the options of `SetUp`, `applied_of` and `config_of`
-):           # (SetUp, arguments of `apply_spectrum`, SpectrumConfig, Calibration or None)
+):           # (SetUp, arguments of `apply_spectrum`, SpectrumConfig, list of Calibration or None)
     "What is asked for, checked"
     set_up, applied = SetUp(**picked(SetUp, kwargs)), applied_of(**picked(applied_of, kwargs))
     config = config_of(**picked(config_of, kwargs) | dict(steps=set_up.n_steps, model=set_up.model))
@@ -39,8 +39,8 @@ def ready(
 def loaded(
     set_up,      # SetUp
     config,      # SpectrumConfig
-    made,        # Calibration, or None
-    kwargs,      # the options, for `passes` and `speedup`
+    made,        # list of Calibration, or None
+    kwargs,      # the options, for `passes`, `speedup` and `faint`
     bar=True,    # whether the pipeline shows its own progress
 ):               # (pipeline, arguments of its call, SpectrumConfig or Plan)
     "The pipeline, its call and what is run"
@@ -48,14 +48,15 @@ def loaded(
     if not bar: pipe.set_progress_bar_config(disable=True)
     call = set_up.call(pipe)
     if made is None: return pipe, call, config
-    return pipe, call, calibrated_plan(made, kwargs.get('passes'), kwargs.get('speedup'), pipe, set_up.n_steps, call)
+    passes, speedup, faint = map(kwargs.get, ('passes', 'speedup', 'faint'))
+    return pipe, call, calibrated_plan(made, passes, speedup, pipe, set_up.n_steps, call, faint)
 
 # %% ../nbs/58b_sampling_commands.ipynb #abd461d2
 @call_parse
 @takes(SetUp, applied_of, config_of)
 def sample(
     prompt:str=None,         # what to draw; may be empty, if it is given
-    plan:str='',             # where passes are: a calibration's file, or `shipped`; else as the schedule says
+    plan:str='',             # a calibration's file, or two (FIRST,SECOND for open runs), or `shipped`: where passes are
     seed:int=0,              # seed of the noise; of several samples, the first
     out:str='sample',        # file of the sample, by its nature a .png or an .mp4; its statistics go beside it as .json
     **kwargs
@@ -93,7 +94,8 @@ def tell_run(
     for r in ran['runs']:
         context = f', context {r["context"]}' if r['context'] else ''
         error = f', mean error of a forecast {np.mean(list(r["errors"].values())):.3f}' if r['errors'] else ''
-        print(f'{len(r["passes"])} passes of {r["n_steps"]} steps{context}{error}')
+        opened = f', an open run (first prediction {r["energy"]:.2g})' if r['open'] else ''
+        print(f'{len(r["passes"])} passes of {r["n_steps"]} steps{context}{error}{opened}')
     print(f'{ran["seconds"]:.1f} s, ' + '\n'.join(str(file.resolve()) for file in files))
 
 # %% ../nbs/58b_sampling_commands.ipynb #0c315d7a
@@ -106,7 +108,7 @@ def run(
     limit:int=None,          # use only the first prompts
     seed:int=0,              # first seed
     seeds:int=1,             # seeds for each prompt: seed, seed + 1, …
-    plan:str='',             # where passes are: a calibration's file, or `shipped`; else as the schedule says
+    plan:str='',             # a calibration's file, or two (FIRST,SECOND for open runs), or `shipped`: where passes are
     baseline:bool=False,     # also make the samples of full steps, in OUT/NAME/full, and measure against them
     exact:bool=False,        # keep clips without loss, too (FFV1), for compare
     **kwargs

@@ -2,6 +2,7 @@
 import os
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 # before torch is imported
 os.environ['HF_HUB_OFFLINE'] = '1'
@@ -30,6 +31,15 @@ class LeftOut:
 
 
 def pytest_configure(config): config.pluginmanager.register(LeftOut())
+
+
+class ByFile(LoadFileScheduling):
+    "The tests of a file go to one process, but each notebook to the one that has time for it"
+    def _split_scope(self, nodeid): return nodeid if 'test_notebooks' in nodeid else super()._split_scope(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log): return ByFile(config, log)
 
 
 @pytest.fixture(scope='module')

@@ -37,7 +37,7 @@ def demo(
     seeds:int=2,             # seeds for each of them
     steps:int=50,            # steps of the full run
     blend:float=.5,          # share of the Chebyshev forecast, 1 being the paper's
-    plan:str='',             # a calibration's file; by default the one that ships for so many steps, if there is one
+    plan:str='',             # a calibration's file, or FIRST,SECOND for open runs; by default what ships, if it does
     passes:int=None,         # of the calibrated plan and the default; by default as many as the paper's schedules
     published:bool=False,    # at the guidance scale that the model's checkpoint is published with, which is harder
     out:str='spectrum_demo', # folder for the picture and the table
@@ -83,7 +83,7 @@ def demo_methods(
     steps,           # of the full run
     call,            # arguments of the pipeline's call
     blend=.5,        # share of the Chebyshev forecast
-    plan='',         # a calibration's file
+    plan='',         # see `read_calibrations`
     passes=None,     # of the calibrated plan and of the default
     published=False, # which guidance the shipped calibration is of
 ):                   # list of Method, the full run first

@@ -23,6 +23,7 @@ from .emoji_quality import open_quality_jobs
 from .features import features_bench
 from .hard import hard_jobs
 from .open_runs import openness_jobs
+from .open_shape import shape_jobs
 from .open_world import open_jobs
 from .peers import peers_bench, quality_bench
 from .real_size import real_size_jobs
@@ -48,7 +49,8 @@ MEASURES = dict(   # sub-command: what it measures
     features='features along runs',
     open='prompts that fix and prompts that leave open, one model',
     open_quality='whether tiny-emoji draws what it is told',
-    openness='which runs are open')
+    openness='which runs are open',
+    open_shape='the settings of open runs, one number changed at a time')
 
 # %% ../../nbs/57c_tables.ipynb #662c827f
 @dataclass(frozen=True)
@@ -111,7 +113,8 @@ TABLES = dict(
     features=Table('50', 4, 7000, features_jobs),
     open=Table('50 and 28', 32, 9100, open_jobs, of='prompts of each openness, one batch'),
     open_quality=Table('50', 128, 7000, open_quality_jobs, of='prompts, one batch'),
-    openness=Table('50', 32, 9300, openness_jobs, varied=True, of='prompts, one at a time'))
+    openness=Table('50', 32, 9300, openness_jobs, varied=True, of='prompts, one at a time'),
+    open_shape=Table('50, 28 and 20', 16, 7000, shape_jobs, varied=True, of='open prompts, one batch'))
 
 # %% ../../nbs/57c_tables.ipynb #28e06e51
 SIZED = 'cost', 'real_size'
