@@ -201,7 +201,7 @@ def work_of(
     model,  # RealModel
 ):          # dict
     """What a step computes, counted on the `meta` device, where nothing is computed: parameters, TFLOP of a pass and of
-    what remains of a forecast step (all calls of a step), shape of the feature"""
+    what remains of a forecast step (all calls of a step), shape of the feature, calls a step"""
     denoiser = on_meta(model)
     kwargs = inputs_of(model, denoiser, 'meta', torch.float32)
     anatomy, seen = find_anatomy(denoiser), []
@@ -214,7 +214,7 @@ def work_of(
     work = dict(parameters=sum(p.numel() for p in denoiser.parameters()), full=teraflop(nullcontext()),
                 rest=teraflop(without(denoiser, anatomy.body)))
     test, = {*seen}                                   # the head is given the same shape with blocks and without
-    return work | dict(feature=test)
+    return work | dict(feature=test, calls=model.calls)
 
 # %% ../../nbs/45_real_models.ipynb #87e894df
 def efficiency(

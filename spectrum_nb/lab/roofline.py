@@ -129,7 +129,7 @@ def moved_by_spectrum(
 
 # %% ../../nbs/45b_roofline.ipynb #befe51af
 def predicted_run(
-    model,       # RealModel
+    work,        # of a RealModel, from `work_of`
     operators,   # {True: of a pass, False: of what remains of a forecast step}, from `operators_of`
     card,        # Card
     n_passes:int,    # of the run
@@ -138,11 +138,11 @@ def predicted_run(
     "What a run costs with and without Spectrum, the paper's schedule and forecast"
     config = config_for_passes(n_passes, n_steps, Growing(), forecaster=Blend(.5))
     plan = make_plan(config, n_steps)
-    feature = 2*math.prod(work_of(model)['feature'])                              # bytes, in bfloat16
+    feature = 2*math.prod(work['feature'])                                        # bytes, in bfloat16
     moved = feature*np.array([moved_by_spectrum(plan, i) for i in range(n_steps)])
     added = HOOK + moved/(card.bandwidth*card.used_bandwidth)
     shell = np.where(plan.is_pass, seconds_of(operators[True], card), seconds_of(operators[False], card))
-    steps = model.calls*(shell + added)
-    full = n_steps*model.calls*seconds_of(operators[True], card)
+    steps = work['calls']*(shell + added)
+    full = n_steps*work['calls']*seconds_of(operators[True], card)
     return dict(pass_s=full/n_steps, forecast_s=float(steps[~plan.is_pass].mean()), full_s=full, run_s=float(
         steps.sum()), speedup=full/steps.sum(), efficiency=efficiency(full, steps.sum(), n_steps, n_passes))
