@@ -29,16 +29,17 @@ from .set_up import SetUp, applied_of
 def ready(
     plan,    # see `read_calibrations`, or empty
     kwargs,  # the options of `SetUp`, `applied_of` and `config_of`
-):           # (SetUp, arguments of `apply_spectrum`, SpectrumConfig, list of Calibration or None)
-    "What is asked for, checked"
+):           # (SetUp, arguments of `apply_spectrum`, SpectrumConfig or None, list of Calibration or None)
+    "What is asked for, checked; either there is a config, or there are calibrations"
     set_up, applied = SetUp(**picked(SetUp, kwargs)), applied_of(**picked(applied_of, kwargs))
+    if plan: return set_up, applied, None, check_plan(plan, set_up, kwargs)
     config = config_of(**picked(config_of, kwargs) | dict(steps=set_up.n_steps, model=set_up.model))
-    return set_up, applied, config, check_plan(plan, set_up, kwargs) if plan else None
+    return set_up, applied, config, None
 
 # %% ../nbs/58b_sampling_commands.ipynb #19035ddb
 def loaded(
     set_up,      # SetUp
-    config,      # SpectrumConfig
+    config,      # SpectrumConfig, or None
     made,        # list of Calibration, or None
     kwargs,      # the options, for `passes`, `speedup` and `faint`
     bar=True,    # whether the pipeline shows its own progress
@@ -94,7 +95,7 @@ def tell_run(
     for r in ran['runs']:
         context = f', context {r["context"]}' if r['context'] else ''
         error = f', mean error of a forecast {np.mean(list(r["errors"].values())):.3f}' if r['errors'] else ''
-        opened = f', an open run (first prediction {r["energy"]:.2g})' if r['open'] else ''
+        opened = ', an open run' if r['open'] else ''
         print(f'{len(r["passes"])} passes of {r["n_steps"]} steps{context}{error}{opened}')
     print(f'{ran["seconds"]:.1f} s, ' + '\n'.join(str(file.resolve()) for file in files))
 

@@ -40,15 +40,15 @@ def shipped_calibration(
 
 # %% ../nbs/39b_shipped.ipynb #3f693f46
 def joined_plan(
-    calibrations,        # list of Calibration: the first for most runs, a second one, if there is one, for open runs
+    first,               # Calibration
+    second=None,         # Calibration of prompts that leave the picture open
     n_passes:int=None,   # passes, or
     speedup:float=None,  # steps ÷ passes
     faint:float=FAINT,   # see `Plan.or_open`
 ):                       # Plan
     "The plan of the first calibration, with that of the second beside it for runs that turn out to be open"
-    plan, *others = [calibration.plan(n_passes, speedup) for calibration in calibrations]
-    for other in others: plan = plan.or_open(other, faint)
-    return plan
+    plan = first.plan(n_passes, speedup)
+    return plan if second is None else plan.or_open(second.plan(n_passes, speedup), faint)
 
 # %% ../nbs/39b_shipped.ipynb #2e468df4
 def shipped_calibrations(
@@ -68,4 +68,4 @@ def shipped_plan(
     published=False, # as for `calibration_file`
 ):                   # Plan
     "The plan of what `shipped_calibrations` finds; a `ValueError` if there is none for so many steps"
-    return joined_plan(shipped_calibrations(model, n_steps, published), n_passes)
+    return joined_plan(*shipped_calibrations(model, n_steps, published), n_passes=n_passes)

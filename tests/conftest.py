@@ -2,7 +2,6 @@
 import os
 
 import pytest
-from xdist.scheduler import LoadFileScheduling
 
 # before torch is imported
 os.environ['HF_HUB_OFFLINE'] = '1'
@@ -33,13 +32,16 @@ class LeftOut:
 def pytest_configure(config): config.pluginmanager.register(LeftOut())
 
 
-class ByFile(LoadFileScheduling):
-    "The tests of a file go to one process, but each notebook to the one that has time for it"
-    def _split_scope(self, nodeid): return nodeid if 'test_notebooks' in nodeid else super()._split_scope(nodeid)
-
-
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log): return ByFile(config, log)
+def pytest_xdist_make_scheduler(config, log):
+    "The tests of a file go to one process, as `--dist loadfile` says, but every notebook by itself"
+    if config.getvalue('dist') != 'loadfile': return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid): return nodeid if 'test_notebooks' in nodeid else super()._split_scope(nodeid)
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope='module')

@@ -1,4 +1,5 @@
 "Whether a run is open shows after its first pass: what is measured, what is followed, and who is not asked"
+import json
 from dataclasses import replace
 
 import diffusers
@@ -7,11 +8,13 @@ import pytest
 import torch
 
 from spectrum_nb.apply import apply_spectrum
+from spectrum_nb.cli import main
 from spectrum_nb.lab.captions import held_captions
 from spectrum_nb.openness import FirstLook
 from spectrum_nb.plan import make_plan, reuse_plan
 from spectrum_nb.scheduler_facts import kept_of
 from spectrum_nb.settings import SpectrumConfig
+from spectrum_nb.shipped import calibration_file, shipped_calibrations
 
 from pipelines import latents, picture, tiny_pipeline
 from toys import Toy, loop
@@ -163,3 +166,21 @@ def test_an_open_run_that_begins_anew_goes_on_as_an_open_one():
                  callback_on_step_end=forget, **call)
         assert handle.stats[0].open == bool(config.faint)
     assert rests[0] == CONFIG.when_open().share((N - 6)/N).passes(N - 6, levels_of(pipe)[6:]) != rests[1]
+
+
+def test_a_file_of_prompts_is_drawn_by_two_calibrations_each_prompt_by_its_own(tmp_path, capsys):
+    (tmp_path/'prompts.txt').write_text('a bird\na dove\n')
+    plan = ','.join(str(calibration_file('tiny-emoji', opened=second)) for second in (False, True))
+    words = ['run', '--model', 'tiny-emoji', '--prompts', str(tmp_path/'prompts.txt'), '--passes', '10', '--out',
+             str(tmp_path), '--plan']
+    assert main([*words, plan]) == 0
+
+    passes = {json.loads(f.read_text())['prompt']: json.loads(f.read_text())['passes']['cond']
+              for f in (tmp_path/'run').glob('*-s0.json')}
+    fixed, opened = (calibration.plan(10).passes for calibration in shipped_calibrations('tiny-emoji'))
+    assert passes == {'a bird': list(opened), 'a dove': list(fixed)}
+
+    assert main([*words, plan, '--faint', '1']) == 2             # other settings: another folder
+    capsys.readouterr()
+    assert main([*words, f'{plan},{plan}']) == 2
+    assert 'is neither' in capsys.readouterr().err

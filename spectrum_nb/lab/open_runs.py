@@ -57,7 +57,7 @@ def kind_prompts(
     call,         # arguments of its call
     kind,         # a word in KINDS, or in OPENNESS for tiny-emoji
     n:int,        # how many
-    first:int=0,  # see `open_prompts`
+    first:int=0,  # see `open_prompts`; captions of shapes are always the same
 ):                # list of prompts
     "Prompts of one kind"
     if emojis := known_emojis(model): return open_prompts(emojis, kind, n, first)

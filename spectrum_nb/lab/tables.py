@@ -50,7 +50,7 @@ MEASURES = dict(   # sub-command: what it measures
     open='prompts that fix and prompts that leave open, one model',
     open_quality='whether tiny-emoji draws what it is told',
     openness='which runs are open',
-    open_shape='the settings of open runs, one number changed at a time')
+    open_shape='the settings of open runs, one thing changed at a time')
 
 # %% ../../nbs/57c_tables.ipynb #662c827f
 @dataclass(frozen=True)
