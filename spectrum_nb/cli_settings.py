@@ -7,7 +7,7 @@ __all__ = ['check_name', 'check_seeds', 'read_budgets', 'is_ours', 'check_budget
            'read_calibrations', 'named', 'calibrated_plan', 'plan_of', 'said_of', 'check_plan']
 
 # %% ../nbs/57b_cli_settings.ipynb #8bf3cbd1
-import inspect, os
+import os
 from dataclasses import replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -16,7 +16,7 @@ from .calibration import Calibration
 from .checks import check_number
 from .forecast import FORECASTERS, Blend, Chebyshev, name_of
 from .noise_gaps import SCHEDULES
-from .options import check_counts
+from .options import check_counts, picked
 from .plan import Plan
 from .presets import config_for_model, find_preset
 from .schedule import SPEEDUP, Growing, passes_for
@@ -179,8 +179,8 @@ def check_plan(plan, set_up, kwargs):
     if kwargs.get('faint') and len(made) == 1:
         raise ValueError('faint has no use with one calibration: give a second one for open runs, FIRST,SECOND')
     if kwargs.get('faint') is not None: check_number('faint', kwargs['faint'], 0)
-    options = {*inspect.signature(config_of).parameters} - {'model', 'steps', 'passes', 'speedup', 'faint'}
-    if given := [k for k in kwargs if k in options and kwargs[k] is not None]:
+    fits = ('model', 'steps', 'passes', 'speedup', 'faint')
+    if given := [k for k, v in picked(config_of, kwargs).items() if k not in fits and v is not None]:
         raise ValueError('a plan says itself where the passes are and how the rest is forecast: '
                          f'leave out plan, or {" and ".join(given)}')
     return made

@@ -57,8 +57,8 @@ def shipped_calibrations(
     published=False, # as for `calibration_file`
 ):                   # list of Calibration
     "The calibration that lies beside a model's weights and, where it ships, too, the one of open prompts alone"
-    path = calibration_file(model, n_steps, published, opened=True)
-    return [shipped_calibration(model, n_steps, published), *([Calibration.load(path)] if path.is_file() else [])]
+    found, path = [shipped_calibration(model, n_steps, published)], calibration_file(model, n_steps, published, True)
+    return found + [Calibration.load(path)] if path.is_file() else found
 
 # %% ../nbs/39b_shipped.ipynb #59943b16
 def shipped_plan(

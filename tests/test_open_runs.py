@@ -175,8 +175,8 @@ def test_a_file_of_prompts_is_drawn_by_two_calibrations_each_prompt_by_its_own(t
              str(tmp_path), '--plan']
     assert main([*words, plan]) == 0
 
-    passes = {json.loads(f.read_text())['prompt']: json.loads(f.read_text())['passes']['cond']
-              for f in (tmp_path/'run').glob('*-s0.json')}
+    notes = [json.loads(f.read_text()) for f in (tmp_path/'run').glob('*-s0.json')]
+    passes = {note['prompt']: note['passes']['cond'] for note in notes}
     fixed, opened = (calibration.plan(10).passes for calibration in shipped_calibrations('tiny-emoji'))
     assert passes == {'a bird': list(opened), 'a dove': list(fixed)}
 

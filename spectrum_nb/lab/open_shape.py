@@ -12,9 +12,9 @@ from functools import partial
 from ..forecast import Newton, SteadyLine
 from .emoji import CHOSEN_ON
 from .hard import PUBLISHED, draw, score
-from .open_runs import kind_prompts
+from .open_runs import kind_drawn
 from ..methods import Method
-from ..presets import TINY, call_defaults, load_pipeline
+from ..presets import TINY
 from ..scheduler_facts import levels_of
 from ..settings import SpectrumConfig
 
@@ -45,10 +45,8 @@ def shape_cell(
     lengths=LENGTHS,   # {steps: passes}
 ):                     # list of rows
     "PSNR of plain steps and of all settings against the full run of the same seeds"
-    pipe, rows = load_pipeline(model, device), []
-    pipe.set_progress_bar_config(disable=True)
-    own, call = pipe.scheduler, call_defaults(pipe, model) | dict(guidance_scale=guidance)
-    prompts, seeds = kind_prompts(model, call, kind, n_prompts, CHOSEN_ON), range(7000, 7000 + n_prompts)
+    pipe, call, prompts = kind_drawn(model, guidance, kind, n_prompts, device, CHOSEN_ON)
+    own, seeds, rows = pipe.scheduler, range(7000, 7000 + n_prompts), []
     run = lambda *method: draw(pipe, prompts, seeds, call, Method(*method, own))[0]
     for n_steps, budgets in lengths.items():
         full, sigmas = run('full run', n_steps, None), levels_of(own)
